@@ -1,0 +1,189 @@
+"""The verbs, without printing: what the command line calls and what Python users import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from . import verifier
+from .checkpoint.gguf import open_gguf
+from .checkpoint.model import Checkpoint
+from .errors import CorruptError, RefusedError, UsageError
+from .layout import gguf as gguf_layout
+from .planner import Group, Plan, Refusal, decide, default_consumer, needed_build, refuse_if
+from .rules.consumers import CONTAINERS
+from .unfuser import fused_groups, plan_unfuse
+from .verifier import Verification
+from .writer import Progress, write
+
+
+def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint: a GGUF file, or any file of a split set.
+
+    Raises CorruptError for what is not a well-formed checkpoint.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise CorruptError(f"{path}: is a directory", hint="Give a .gguf file.")
+        return open_gguf(path)
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}") from error
+
+
+def plan(
+    src: str | PathLike[str], *, consumer: str | None = None, fuse: Iterable[str] | None = None
+) -> Plan:
+    """What `convert` would write and refuse. `fuse` limits it to those groups."""
+    checkpoint = open_checkpoint(src)
+    consumer = consumer or default_consumer(checkpoint)
+    manifest = gguf_layout.read_manifest(checkpoint)
+    if manifest is not None:
+        raise RefusedError(
+            f"{checkpoint.root}: was fused by fuseweights already, for {manifest.consumer}",
+            hint="`fuseweights unfuse` gives back the original.",
+        )
+    groups, refusals = decide(checkpoint, consumer, fuse)
+    outputs, inexact = gguf_layout.fuse(checkpoint, groups, consumer)
+    copied = len(checkpoint.tensors) - sum(len(t.parts) for g in groups for t in g.tensors)
+    needs = needed_build(checkpoint, consumer, {g.group for g in groups})
+    return Plan(consumer, checkpoint, groups, refusals, copied, needs, inexact, outputs)
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    *,
+    consumer: str | None = None,
+    fuse: Iterable[str] | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    threads: int | None = None,
+    sync: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """Write the fused checkpoint at `dst` and return the plan that was carried out.
+
+    Raises RefusedError when there is nothing to fuse, when `strict` and anything is refused, or
+    when `dst` exists or is `src`; CorruptError, WriteError. `progress` is called with bytes done
+    and in all.
+    """
+    planned = plan(src, consumer=consumer, fuse=fuse)
+    refuse_if(planned, strict)
+    if not dry_run:
+        write(
+            planned.outputs,
+            planned.checkpoint,
+            Path(dst),
+            overwrite=overwrite,
+            resume=resume,
+            threads=threads,
+            sync=sync,
+            progress=progress,
+        )
+    return planned
+
+
+def unfuse(
+    fused: str | PathLike[str],
+    dst: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    sync: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """Write the original checkpoint at `dst`: byte-identical unless `plan.inexact` says why not."""
+    planned = plan_unfuse(open_checkpoint(fused))
+    write(
+        planned.outputs,
+        planned.checkpoint,
+        Path(dst),
+        overwrite=overwrite,
+        threads=threads,
+        sync=sync,
+        progress=progress,
+    )
+    return planned
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is fused in a checkpoint already, and per consumer what would be and what would not.
+
+    `fused` are (group, layer, tensor name). `decisions` maps each consumer that reads this
+    container to its groups and refusals; `consumer` is the one asked about.
+    """
+
+    checkpoint: Checkpoint
+    consumer: str
+    fused_for: str | None
+    fused: tuple[tuple[str, int | None, str], ...]
+    decisions: dict[str, tuple[tuple[Group, ...], tuple[Refusal, ...]]]
+
+    def needs(self, consumer: str) -> int | None:
+        """The consumer's first build that loads what is fused and what would be."""
+        groups = {g for g, _, _ in self.fused} | {g.group for g in self.decisions[consumer][0]}
+        return needed_build(self.checkpoint, consumer, groups)
+
+
+def inspect(path: str | PathLike[str], *, consumer: str | None = None) -> Inspection:
+    """What is fused, what could be, what cannot and why, for every consumer of this container."""
+    checkpoint = open_checkpoint(path)
+    consumer = consumer or default_consumer(checkpoint)
+    known = [c for c, kinds in CONTAINERS.items() if checkpoint.container in kinds]
+    if consumer not in known:
+        decide(checkpoint, consumer, None)  # raises, saying why
+    manifest = gguf_layout.read_manifest(checkpoint)
+    return Inspection(
+        checkpoint,
+        consumer,
+        manifest and manifest.consumer,
+        fused_groups(checkpoint, manifest),
+        {name: decide(checkpoint, name, None) for name in known},
+    )
+
+
+def verify(
+    source: str | PathLike[str],
+    fused: str | PathLike[str],
+    *,
+    values: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare every byte of `fused` with `source`; `values` also compares dequantized numbers.
+
+    Raises CorruptError when either side cannot be read as a checkpoint.
+    """
+    a, b = open_checkpoint(source), open_checkpoint(fused)
+    manifest = gguf_layout.read_manifest(b)
+    return verifier.verify(a, b, manifest, values=values, threads=threads, progress=progress)
+
+
+def verify_source_sha256(
+    fused: str | PathLike[str], expected: str | Mapping[str, str]
+) -> Verification:
+    """Whether un-fusing `fused` would give files with these sha256 sums, without writing them.
+
+    `expected` is one hexadecimal sum, or one for each file name of a split set.
+    Raises UsageError for sums that are none or names that the checkpoint has not.
+    """
+    planned = plan_unfuse(open_checkpoint(fused))
+    names = [output.name for output in planned.outputs]
+    if isinstance(expected, str):
+        if len(names) > 1:
+            raise UsageError(
+                f"{fused}: consists of {len(names)} files", hint=f"Give {names[0]}=HEX for each."
+            )
+        expected = {names[0]: expected}
+    if unknown := sorted(expected.keys() - set(names)):
+        raise UsageError(f"no file {', '.join(unknown)}", hint=f"There are {', '.join(names)}.")
+    for value in expected.values():
+        if len(value) != 64 or set(value.lower()) - set("0123456789abcdef"):
+            raise UsageError(f"{value!r} is not a sha256 sum: 64 hexadecimal digits")
+    return verifier.verify_hash(planned.outputs, planned.checkpoint, expected)

@@ -1,0 +1,1 @@
+"""Checkpoints as names, types and spans of bytes. Knows nothing of fusing."""

@@ -1,0 +1,1 @@
+"""Fused or restored tensors → the files of one container. One module a container."""
