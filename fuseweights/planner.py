@@ -151,15 +151,6 @@ class Candidate:
 Guard = Callable[[Candidate], tuple[str, str] | None]
 
 
-def every_part_is_there(c: Candidate) -> tuple[str, str] | None:
-    absent = [
-        part for part, tensors in zip(c.rule.parts, c.parts, strict=True) if "weight" not in tensors
-    ]
-    if absent:
-        return "missing-part", f"the layer has no {', '.join(absent)}"
-    return None
-
-
 def consumer_loads_it(c: Candidate) -> tuple[str, str] | None:
     return (c.row.reason, c.row.detail) if isinstance(c.row, Rejects) else None
 
@@ -184,12 +175,12 @@ def companions_are_known(c: Candidate) -> tuple[str, str] | None:
     return None
 
 
-def companions_are_on_all(c: Candidate) -> tuple[str, str] | None:
+def every_part_is_complete(c: Candidate) -> tuple[str, str] | None:
+    pairs = list(zip(c.rule.parts, c.parts, strict=True))
+    if absent := [part for part, tensors in pairs if not tensors]:
+        return "missing-part", f"the layer has no {', '.join(absent)}"
     for suffix in c.suffixes:
-        lacking = [
-            p for p, tensors in zip(c.rule.parts, c.parts, strict=True) if suffix not in tensors
-        ]
-        if lacking:
+        if lacking := [part for part, tensors in pairs if suffix not in tensors]:
             return c.companions[suffix].reason, f"{', '.join(lacking)} has no {suffix}"
     return None
 
@@ -233,11 +224,10 @@ def metadata_agrees(c: Candidate) -> tuple[str, str] | None:
 
 
 GUARDS: tuple[Guard, ...] = (
-    every_part_is_there,
     consumer_loads_it,
     fused_name_is_free,
     companions_are_known,
-    companions_are_on_all,
+    every_part_is_complete,
     types_agree,
     shapes_agree,
     kept_values_agree,

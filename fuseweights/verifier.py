@@ -304,6 +304,8 @@ def _metadata(
                 yield Difference(what, None, f"is {getattr(b, what)}, was {getattr(a, what)}")
         if reason := irregularity(b):
             yield Difference("", None, f"{b.path.name}: {reason}")
+        if manifest is not None and b.tail != -(b.size - b.tail) % b.alignment:
+            yield Difference("", None, f"{b.path.name}: ends {b.tail} bytes after its tensors")
         ours = {KEY} if manifest is not None and number == 0 else set()
         if [*a.fields] != [key for key in b.fields if key not in ours]:
             keys = sorted(set(a.fields) ^ (set(b.fields) - ours))
@@ -336,12 +338,14 @@ def _same_value(a: GGUFFile, b: GGUFFile, key: str) -> bool:
 
 def _notes(a: GGUFFile, b: GGUFFile, fused: Checkpoint) -> Iterator[Difference]:
     """`general.tensor_extra` must say of each tensor what it said of each of its parts."""
-    expected = {}
-    names = {part: t.name for t in fused.tensors.values() for part in _rule_of(t)[3]}
-    for name, note in a.tensor_notes.items():
-        name = name if name in fused.tensors else names.get(name, name)
-        if expected.setdefault(name, note) != note:
-            yield Difference(name, None, "general.tensor_extra disagrees on its parts")
+    expected = dict(a.tensor_notes)
+    for name, tensor in fused.tensors.items():
+        parts = _rule_of(tensor)[3]
+        said = {expected.pop(part, None) for part in parts if part not in fused.tensors}
+        if len(said) > 1:
+            yield Difference(name, None, "general.tensor_extra disagreed on its parts")
+        elif said != {None} and said:
+            expected[name] = said.pop()
     if expected != b.tensor_notes:
         changed = sorted(set(expected.items()) ^ set(b.tensor_notes.items()), key=repr)
         yield Difference(str(changed[0][0]), None, "general.tensor_extra says something else")

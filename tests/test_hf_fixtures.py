@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import engine_mapping  # noqa: E402
 import hf_formats  # noqa: E402
 import hf_models  # noqa: E402
 
@@ -221,3 +222,57 @@ def test_the_other_knobs(tmp_path: Path) -> None:
     assert f"{V_PROJ}.weight" in names("plain", unquantized="v_proj")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert config["quantization_config"]["dynamic"] == {rf"-:^{V_PROJ}$".replace(".", r"\."): {}}
+
+
+PARTS = {
+    "self_attn": {"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"},
+    "linear_attn": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+    "mlp": {"gate_proj", "up_proj"},
+    "shared_expert": {"gate_proj", "up_proj"},
+    "shared_experts": {"gate_proj", "up_proj"},
+    "self": {"query", "key", "value"},
+}
+
+
+@pytest.mark.parametrize(
+    "engine, family",
+    [(engine, family) for engine, rows in engine_mapping.ENGINES.items() for family in rows],
+)
+def test_engines_load_the_parts_of_what_transformers_writes(
+    engine: str, family: str, tmp_path: Path
+) -> None:
+    hf_models.save(family, tmp_path)
+    for name in hf_formats.load(tmp_path):
+        *_, parent, part, suffix = ["", "", *name.split(".")][-3:]
+        if "vis" in name or suffix != "weight" or part not in PARTS.get(parent, ()):
+            continue
+        outcome = engine_mapping.outcome(engine, family, name)
+        assert outcome.verdict == "loads" and outcome.shard is not None, (name, outcome)
+
+
+@pytest.mark.parametrize(
+    "engine, family, module, verdict, looked_up",
+    [
+        ("vllm", "llama", "self_attn.qkv_proj", "loads", "self_attn.qkv_proj"),
+        ("vllm", "qwen3_5", "linear_attn.in_proj_qkvz", "raises", "linear_attn.in_proj_qkvzz"),
+        ("vllm", "deepseek_v3", "mlp.gate_up_proj", "raises", "mlp.gate_gate_up_proj"),
+        ("vllm", "llama4", "self_attn.qkv_proj", "wrong", "self_attn.qkv_proj"),
+        ("sglang", "qwen3", "self_attn.qkv_proj", "raises", "self_attn.qkqkv_proj"),
+        ("sglang", "qwen2", "mlp.gate_up_proj", "dropped", "mlp.gate_gate_up_proj"),
+        ("sglang", "qwen3_5", "linear_attn.in_proj_qkvz", "loads", "linear_attn.in_proj_qkvz"),
+        (
+            "sglang",
+            "deepseek_v3",
+            "self_attn.fused_qkv_a_proj_with_mqa",
+            "dropped",
+            "self_attn.fused_qkv_a_proj_with_mqa",
+        ),
+    ],
+)
+def test_what_engines_make_of_fused_names(
+    engine: str, family: str, module: str, verdict: str, looked_up: str
+) -> None:
+    prefix = "model.layers.0."
+    outcome = engine_mapping.outcome(engine, family, f"{prefix}{module}.weight")
+    assert (outcome.verdict, outcome.name) == (verdict, f"{prefix}{looked_up}.weight")
+    assert outcome.shard is None or verdict != "loads"
