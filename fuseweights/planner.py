@@ -137,12 +137,7 @@ class Candidate:
 
     @cached_property
     def row(self) -> Loads | Rejects:
-        return consumers.loads(
-            self.consumer,
-            self.checkpoint.container,
-            self.checkpoint.architecture,
-            self.rule.group,
-        )
+        return consumers.loads(self.consumer, self.checkpoint.architecture, self.rule.group)
 
     def column(self, suffix: str) -> list[Tensor]:
         return [tensors[suffix] for tensors in self.parts if suffix in tensors]
@@ -318,7 +313,7 @@ def _wanted(checkpoint: Checkpoint, consumer: str, only: Iterable[str] | None) -
             hint=f"Convert it for {' or '.join(able)}.",
         )
     if only is None:
-        return consumers.offered(consumer, checkpoint.container) or frozenset(GROUPS)
+        return consumers.offered(consumer) or frozenset(GROUPS)
     unknown = sorted(set(only) - set(GROUPS))
     if unknown:
         raise UsageError(
@@ -342,10 +337,7 @@ def _fuse(c: Candidate) -> Group:
 
 def needed_build(checkpoint: Checkpoint, consumer: str, groups: Iterable[str]) -> int | None:
     """The consumer's first build that loads all of `groups` fused."""
-    rows = [
-        consumers.loads(consumer, checkpoint.container, checkpoint.architecture, group)
-        for group in groups
-    ]
+    rows = [consumers.loads(consumer, checkpoint.architecture, group) for group in groups]
     return max((row.since for row in rows if isinstance(row, Loads) and row.since), default=None)
 
 

@@ -90,7 +90,7 @@ def fused_modules(
     """(rule, parent, layer, tensors by suffix) of every fused module that a consumer also loads
     apart, so whose parts have names."""
     for rule in gguf.RULES:
-        row = consumers.loads("llama.cpp", "gguf", checkpoint.architecture, rule.group)
+        row = consumers.loads("llama.cpp", checkpoint.architecture, rule.group)
         ours = rule.fused in gguf.OURS
         if not (ours or isinstance(row, Loads)):
             continue

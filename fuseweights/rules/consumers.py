@@ -1,13 +1,8 @@
-"""Who loads what. An allowlist each: a consumer not known to load a tensor does not get it.
-
-llama.cpp, numbers are first builds: read from its source and release history, or, where only
-`TESTED` stands, run on that build (tests/test_llama_cpp.py runs the table's main rows). A loaded
-file must also compute the same: architectures whose graph ignores a fused tensor that their
-loader accepts are listed with what happens.
-"""
+"""Who loads what. An allowlist each: a consumer not known to load a tensor does not get it."""
 
 from __future__ import annotations
 
+from . import llama_cpp
 from .groups import Loads, Rejects
 
 CONTAINERS = {
@@ -18,70 +13,28 @@ CONTAINERS = {
 }
 DEFAULT_CONSUMER = {"gguf": "llama.cpp", "safetensors": "torch"}
 
-TESTED = 11549
 
-_CRASHES = Rejects(
-    "consumer-unsupported", "llama.cpp's loader accepts it, then its graph crashes on the absent q"
-)
-_INTERLEAVED = Rejects(
-    "order-mismatch",
-    "llama.cpp reads z inside ssm_in interleaved per key head; stacked rows load and compute wrong",
-)
-
-_QKV = {
-    "llama": 8929,
-    "qwen2": 8929,
-    "qwen3": 8929,
-    "qwen3moe": 8929,
-    "gemma3": 10068,
-    "gemma4": 11063,
-    "qwen35": 11063,
-    "qwen35moe": 11063,
-    "qwen3next": 11063,
-    "bailingmoe3": _CRASHES,
-    "glm5-next": _CRASHES,
-    "kimi-k3": _CRASHES,
-    "qwen4exp": _CRASHES,
-}
-_EXPERTS = {
-    "qwen35moe": 8672,
-    "qwen3next": 8672,
-    "gemma4": 9093,
-    "deepseek2": TESTED,
-    "mistral4": TESTED,
-    "cohere2moe": TESTED,
-    "hy_v3": TESTED,
-    "qwen4exp": TESTED,
-}
-_LLAMA_CPP = {
-    "qkv": (_QKV, frozenset({"weight", "bias", "scale", "input_scale"})),
-    "experts": (_EXPERTS, frozenset({"weight", "bias"})),
-}
-_LLAMA_CPP_ARCHITECTURES = frozenset(_QKV) | frozenset(_EXPERTS)
-
-
-def offered(consumer: str, container: str) -> frozenset[str] | None:
+def offered(consumer: str) -> frozenset[str] | None:
     """The groups a consumer has any use for; None when it takes every group."""
-    return frozenset(_LLAMA_CPP) if consumer == "llama.cpp" else None
+    return frozenset(llama_cpp.LOADED) if consumer == "llama.cpp" else None
 
 
-def loads(consumer: str, container: str, architecture: str, group: str) -> Loads | Rejects:
+def loads(consumer: str, architecture: str, group: str) -> Loads | Rejects:
     """Whether `consumer` loads the fused tensors of `group` in a checkpoint of `architecture`."""
     if consumer == "torch":
         return Loads()
-    if group not in _LLAMA_CPP:
-        if group == "gdn_qkvz" and architecture == "qwen3next":
-            return _INTERLEAVED
+    if (group, architecture) in llama_cpp.MISREAD:
+        return llama_cpp.MISREAD[group, architecture]
+    if group not in llama_cpp.LOADED:
         return Rejects("consumer-unsupported", f"llama.cpp has no fused form of {group}")
-    if architecture not in _LLAMA_CPP_ARCHITECTURES:
-        return Rejects(
-            "unknown-architecture",
-            f"no row says how llama.cpp loads {architecture or 'a file without an architecture'}",
-        )
-    builds, companions = _LLAMA_CPP[group]
+    builds, companions = llama_cpp.LOADED[group]
     row = builds.get(architecture)
     if isinstance(row, int):
+        if architecture in llama_cpp.SCALE_IGNORED:
+            companions = companions - {"scale", "input_scale"}
         return Loads(row, companions)
     return row or Rejects(
-        "consumer-unsupported", f"llama.cpp does not load a fused {group} for {architecture}"
+        "unknown-architecture",
+        f"no row says how llama.cpp loads {group} in "
+        + (architecture or "a file without an architecture"),
     )
