@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from gguf_models import TYPES, quantize  # noqa: E402
+from gguf_models import add_tensor  # noqa: E402
 
 LAYERS, EMBD, HEADS, KV_HEADS, HEAD, FF = 4, 256, 4, 2, 32, 128
 WORDS = (
@@ -108,11 +108,10 @@ def make(out: Path) -> None:
     for name, shape, kind in tensors:
         values = rng.standard_normal(shape[::-1], dtype=np.float32) * np.float32(EMBD**-0.5)
         if kind == "F32":
-            writer.add_tensor(name, 1 + values)
-            continue
-        kind = kind if shape[0] % 256 == 0 else SMALL[kind]
-        raw = gguf.GGMLQuantizationType(TYPES[kind])
-        writer.add_tensor(name, quantize(values, kind), raw_dtype=raw)
+            values += 1
+        elif shape[0] % 256:
+            kind = SMALL[kind]
+        add_tensor(writer, name, values, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from math import prod
 
 from .checkpoint.model import Checkpoint
 from .errors import CorruptError
@@ -21,17 +22,20 @@ LIMIT = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A source tensor: its row-major shape, its file, and its place in that file's header."""
+    """A source tensor: its row-major shape, its file, its place in that file's header, the rows it
+    stands for in the fused tensor, and its bytes (hex) where the fused tensor lacks them."""
 
     name: str
     shape: tuple[int, ...]
     file: int
     index: int
+    rows: int
+    data: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A fused tensor and its parts in order. `merge` is "stack" (along `axis`) or "same"."""
+    """A fused tensor and its parts in order. `merge` is one of `MERGES`."""
 
     group: str
     name: str
@@ -40,26 +44,51 @@ class Entry:
     parts: tuple[Part, ...]
 
 
+MERGES = ("stack", "same", "expand", "literal")
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A source file: bytes after its last tensor, why it cannot be rebuilt to the byte (or None),
-    and the original value bytes (hex) of the metadata that had to change."""
+    """A source file: its name, bytes after its last tensor, why it cannot be rebuilt to the byte
+    (or None), the original value bytes (hex) of metadata that had to change, and the original
+    header where it was not written the usual way."""
 
-    tail: int
-    inexact: str | None
-    replaced: Mapping[str, str]
+    name: str
+    tail: int = 0
+    inexact: str | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    header: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """`texts` are the original contents of the JSON files beside the tensors that were edited."""
+
     consumer: str
     version: str
     entries: tuple[Entry, ...]
     files: tuple[Origin, ...]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def dump(self) -> str:
         """JSON, with a checksum of itself so that damage to any of it shows."""
-        data = {"schema": SCHEMA, **asdict(self)}
+        data = {
+            "schema": SCHEMA,
+            "consumer": self.consumer,
+            "version": self.version,
+            "entries": [
+                {
+                    "group": e.group,
+                    "name": e.name,
+                    "axis": e.axis,
+                    "merge": e.merge,
+                    "parts": [[p.name, p.shape, p.file, p.index, p.rows, p.data] for p in e.parts],
+                }
+                for e in self.entries
+            ],
+            "files": [asdict(file) for file in self.files],
+            "texts": dict(self.texts),
+        }
         return _compact({**data, "sha256": _checksum(data)})
 
 
@@ -101,15 +130,27 @@ class _Checked:
             raise self.fail(f"an integer from 0 to {below - 1}")
         return self.value
 
-    def hexes(self) -> dict[str, str]:
+    def optional(self) -> str | None:
+        return None if self.value is None else self.text()
+
+    def texts(self) -> dict[str, str]:
         if not isinstance(self.value, dict):
             raise self.fail("an object")
-        for text in self.value.values():
-            try:
-                bytes.fromhex(text)
-            except (TypeError, ValueError):
-                raise self.fail("hexadecimal strings") from None
-        return self.value
+        return {
+            key: _Checked(text, f"{self.where}.{key}").text() for key, text in self.value.items()
+        }
+
+    def hexes(self) -> dict[str, str]:
+        for text in self.texts().values():
+            self.hex(text)
+        return self.texts()
+
+    def hex(self, text: str | None) -> str | None:
+        try:
+            bytes.fromhex(text or "")
+        except ValueError:
+            raise self.fail("hexadecimal digits") from None
+        return text
 
 
 def parse(text: str | bytes, checkpoint: Checkpoint) -> Manifest:
@@ -133,37 +174,44 @@ def parse(text: str | bytes, checkpoint: Checkpoint) -> Manifest:
         raise CorruptError(f"{checkpoint.root}: manifest does not match its own checksum")
     files = tuple(
         Origin(
+            f["name"].text(),
             f["tail"].count(),
-            None if f["inexact"].value is None else f["inexact"].text(),
+            f["inexact"].optional(),
             f["replaced"].hexes(),
+            f["header"].optional(),
         )
         for f in root["files"].items()
     )
     entries = tuple(_entry(e, len(files)) for e in root["entries"].items())
-    manifest = Manifest(root["consumer"].text(), root["version"].text(), entries, files)
+    consumer, version = root["consumer"].text(), root["version"].text()
+    manifest = Manifest(consumer, version, entries, files, root["texts"].texts())
     _check(manifest, checkpoint)
     return manifest
 
 
 def _entry(e: _Checked, files: int) -> Entry:
-    parts = tuple(
-        Part(
-            p["name"].text(),
-            tuple(d.count() for d in p["shape"].items()),
-            p["file"].count(below=files),
-            p["index"].count(),
+    parts = []
+    for row in e["parts"].items():
+        columns = row.items()
+        if len(columns) != 6:
+            raise row.fail("[name, shape, file, index, rows, data]")
+        name, shape, file, index, rows, data = columns
+        parts.append(
+            Part(
+                name.text(),
+                tuple(d.count() for d in shape.items()),
+                file.count(below=files),
+                index.count(),
+                rows.count(),
+                data.hex(data.optional()),
+            )
         )
-        for p in e["parts"].items()
-    )
     if len(parts) < 2:
         raise e["parts"].fail("two parts or more")
     return Entry(
-        e["group"].text(),
-        e["name"].text(),
-        e["axis"].count(below=8),
-        e["merge"].text(("stack", "same")),
-        parts,
-    )
+        e["group"].text(), e["name"].text(), e["axis"].count(below=8), e["merge"].text(MERGES),
+        tuple(parts),
+    )  # fmt: skip
 
 
 def _check(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -191,13 +239,27 @@ def _check(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 def sections_fit(entry: Entry, shape: tuple[int, ...]) -> bool:
     """Whether the parts' shapes make up `shape`."""
+    shapes = [part.shape for part in entry.parts]
     if entry.merge == "same":
-        return all(part.shape == shape for part in entry.parts)
-    axis = entry.axis
-    if axis >= len(shape) or any(len(part.shape) != len(shape) for part in entry.parts):
+        return all(part == shape for part in shapes)
+    if entry.merge == "literal":
+        return all(part.data is not None for part in entry.parts)
+    if entry.merge == "expand":
+        one = all(prod(part) == 1 for part in shapes)
+        return one and shape == (sum(part.rows for part in entry.parts), 1)
+    shape, axis = fold_experts(shape, shapes[0]), entry.axis
+    if axis >= len(shape) or any(len(part) != len(shape) for part in shapes):
         return False
     rest = shape[:axis] + shape[axis + 1 :]
     return (
-        all(p.shape[:axis] + p.shape[axis + 1 :] == rest for p in entry.parts)
-        and sum(p.shape[axis] for p in entry.parts) == shape[axis]
+        all(part[:axis] + part[axis + 1 :] == rest for part in shapes)
+        and all(part.shape[axis] == part.rows for part in entry.parts)
+        and sum(part[axis] for part in shapes) == shape[axis]
     )
+
+
+def fold_experts(shape: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` with a leading dimension of experts folded into the rows, where `like` has none."""
+    if len(shape) == len(like) + 1:
+        return (shape[0] * shape[1], *shape[2:])
+    return shape

@@ -44,7 +44,7 @@ def _group_json(group: Group) -> dict:
         "layer": group.layer,
         "fused": weight.name,
         "parts": [part.name for part in weight.parts],
-        "sections": list(weight.sections),
+        "sections": list(weight.rows),
         "dtype": weight.dtype,
         "companions": [tensor.name for tensor in companions],
     }

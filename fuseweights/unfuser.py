@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
+from .candidates import layer_of
 from .checkpoint.gguf import read_array
 from .checkpoint.model import Checkpoint, Tensor
 from .errors import RefusedError
@@ -58,6 +59,7 @@ def _by_rule(checkpoint: Checkpoint) -> tuple[tuple[Entry, ...], tuple[Refusal, 
                     _part_shape(tensor, rule.axis, rows) if merge == "stack" else tensor.shape,
                     tensor.file,
                     next(places),
+                    rows if merge == "stack" else (tensor.shape or (1,))[0],
                 )
                 for part, rows in zip(rule.parts, sizes, strict=True)
             )
@@ -72,12 +74,7 @@ def fused_groups(
     if manifest is None:
         return tuple((r.group, n, t["weight"].name) for r, _, n, t in fused_modules(checkpoint))
     weights = [entry for entry in manifest.entries if entry.name.endswith(".weight")]
-    return tuple((e.group, _layer(e.name), e.name) for e in weights)
-
-
-def _layer(name: str) -> int | None:
-    numbers = [segment for segment in name.split(".") if segment.isdecimal()]
-    return int(numbers[-1]) if numbers else None
+    return tuple((e.group, layer_of(e.name), e.name) for e in weights)
 
 
 def _part_shape(tensor: Tensor, axis: int, rows: int) -> tuple[int, ...]:
@@ -90,7 +87,7 @@ def fused_modules(
     """(rule, parent, layer, tensors by suffix) of every fused module that a consumer also loads
     apart, so whose parts have names."""
     for rule in gguf.RULES:
-        row = consumers.loads("llama.cpp", checkpoint.architecture, rule.group)
+        row = consumers.loads("llama.cpp", "gguf", checkpoint.architecture, rule.group)
         ours = rule.fused in gguf.OURS
         if not (ours or isinstance(row, Loads)):
             continue

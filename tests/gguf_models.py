@@ -44,7 +44,7 @@ def _ggml() -> ctypes.CDLL:
     return lib
 
 
-# gguf-py does not know all of them.
+# Type numbers by name. gguf-py does not know the last two (yet): they quantize, `build` cannot.
 TYPES = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType} | {"Q1_0": 41, "Q2_0": 42}
 
 
@@ -79,9 +79,9 @@ FALLBACK = {
 }  # fmt: skip
 
 # Never quantized, as in real files.
-KEPT_F32 = ("*ffn_gate_inp*", "*ssm_conv1d*", "*_norm.weight", "*.bias", "*ssm_a", "rope_freqs*",
-            "*shortconv.conv*", "*attn_rel_b*", "*altup_*", "position_embd*",
-            "token_types*")  # fmt: skip
+KEPT_F32 = (
+    "*ffn_gate_inp*", "*ssm_conv1d*", "*_norm.weight", "*.bias", "*ssm_a", "rope_freqs*", "*hc_*",
+)  # fmt: skip
 
 # What converters leave in NVFP4: the projections, each with a scale of its own.
 SCALED = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|gate|output)|ssm_out|ffn_(gate|up|down)"
@@ -127,6 +127,7 @@ DRAW: tuple[tuple[str, float, float | None], ...] = (
     ("*ffn_gate_inp.scale", 1.0, 0.1),
     ("*.bias", 0.0, 0.3),
     ("*attn_sinks.weight", 0.0, 0.5),
+    ("*hc_*", 0.0, 0.3),
     ("token_embd.weight", 0.0, 0.05),
     ("output.weight", 0.0, 0.125),
     ("*ffn_gate_inp*", 0.0, 0.2),
@@ -148,7 +149,7 @@ VOCAB = 304
 # One dimension per word. `q` is 8 heads of 32, `kv` is 2 of them.
 DIMS: dict[str, int] = {
     "embd": 256, "vocab": VOCAB, "ff": 256, "q": 256, "kv": 64, "head": 32, "heads": 8,
-    "gated_q": 512, "experts": 4, "ff_exp": 256, "ff_shexp": 256, "one": 1,
+    "gated_q": 512, "experts": 4, "ff_exp": 256, "ff_shexp": 256, "one": 1, "two_embd": 512,
 }  # fmt: skip
 
 EMBED: Template = {"token_embd.weight": "embd vocab"}
@@ -189,6 +190,13 @@ MOE: dict[str, Value] = {
     "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 256,
 }  # fmt: skip
 SHARED_MOE = MOE | {"expert_shared_count": 1, "expert_shared_feed_forward_length": 256}
+POST_NORM: Template = {"post_attention_norm.weight": "embd"}
+PROBS_BIAS: Template = {"exp_probs_b.bias": "experts"}
+SINKS: Template = {"attn_sinks.weight": "heads"}
+NEXTN: Template = {
+    "nextn.eh_proj.weight": "two_embd embd",
+    "nextn.enorm.weight": "embd", "nextn.hnorm.weight": "embd",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class Arch:
 DENSE = NORM | QKV | OUT | FFN_NORM | FFN
 QWEN3 = NORM | QKV | QK_NORM | OUT | FFN_NORM
 
-GEMMA = NORM | QKV | QK_NORM | OUT | {"post_attention_norm.weight": "embd"} | FFN_NORM | FFN | {
+GEMMA = NORM | QKV | QK_NORM | OUT | POST_NORM | FFN_NORM | FFN | {
     "post_ffw_norm.weight": "embd",
 }  # fmt: skip
 
@@ -217,21 +225,31 @@ GDN: dict[str, Value] = {
     "ssm.group_count": 2, "full_attention_interval": 2,
 }  # fmt: skip
 GDN_IN: Template = {
-    "attn_norm.weight": "embd", "post_attention_norm.weight": "embd",
     "attn_qkv.weight": "embd gdn_qkv", "attn_gate.weight": "embd gdn_v",
     "ssm_conv1d.weight": "conv gdn_qkv", "ssm_dt.bias": "gdn_heads", "ssm_a": "gdn_heads",
 }  # fmt: skip
 GDN_OUT: Template = {"ssm_norm.weight": "head", "ssm_out.weight": "gdn_v embd"}
-GDN_35 = GDN_IN | {
+GDN_35_BARE = GDN_IN | {
     "ssm_beta.weight": "embd gdn_heads", "ssm_alpha.weight": "embd gdn_heads",
 } | GDN_OUT  # fmt: skip
-GDN_NEXT = GDN_IN | {"ssm_ba.weight": "embd gdn_ba"} | GDN_OUT
-GATED: Template = {
-    "attn_norm.weight": "embd", "post_attention_norm.weight": "embd",
+GDN_35 = NORM | POST_NORM | GDN_35_BARE
+GDN_NEXT = NORM | POST_NORM | GDN_IN | {"ssm_ba.weight": "embd gdn_ba"} | GDN_OUT
+GATED_BARE: Template = {
     "attn_q.weight": "embd gated_q", "attn_k.weight": "embd kv", "attn_v.weight": "embd kv",
     "attn_q_norm.weight": "head", "attn_k_norm.weight": "head", "attn_output.weight": "q embd",
 }  # fmt: skip
+GATED = NORM | POST_NORM | GATED_BARE
 GATED_MOE = EXPERTS | {"ffn_gate_inp_shexp.weight": "embd"} | SHARED
+
+# Hyper-connections: 2 residual streams, mixed through a rank of 8.
+HYPER: Template = {
+    f"hc_{part}_{name}.weight": shape
+    for part in ("attn", "ffn")
+    for name, shape in (
+        ("norm", "embd streams"), ("down", "wide low"), ("up", "low wide"),
+        ("inject", "wide streams"),
+    )
+}  # fmt: skip
 
 # MLA: 64 values a head without rotation and 32 with, a compressed cache of 256.
 MLA_DIMS = {
@@ -278,7 +296,7 @@ GEMMA4_WIDE_KV: Template = {
 }  # fmt: skip
 GEMMA4_WIDE_K: Template = {"attn_k.weight": "embd wide_kv", "attn_k_norm.weight": "wide_head"}
 GEMMA4_WIDE_OUT: Template = {"attn_output.weight": "wide_q embd"}
-GEMMA4_REST = {"post_attention_norm.weight": "embd"} | FFN_NORM | FFN | {
+GEMMA4_REST = POST_NORM | FFN_NORM | FFN | {
     "post_ffw_norm.weight": "embd", "layer_output_scale.weight": "one",
 }  # fmt: skip
 GEMMA4_PER_LAYER: Template = {
@@ -343,8 +361,85 @@ ARCHS: dict[str, Arch] = {
         (GDN_NEXT | GATED_MOE, GATED | GATED_MOE) * 2, ATTENTION | GDN | SHARED_MOE, dims=GDN_DIMS,
     ),
     "deepseek2": Arch(
-        (MLA | FFN_NORM | FFN, MLA | FFN_NORM | EXPERTS | {"exp_probs_b.bias": "experts"} | SHARED),
+        (MLA | FFN_NORM | FFN, MLA | FFN_NORM | EXPERTS | PROBS_BIAS | SHARED),
         MLA_HPARAMS, dims=MLA_DIMS,
+    ),
+    # Drafting blocks (MTP) after the trunk, loaded and unused unless drafting is asked for.
+    "qwen35-mtp": Arch(
+        (GDN_35 | FFN, GATED | FFN, GATED | FFN | NEXTN),
+        ATTENTION | GDN | {"rope.dimension_sections": [6, 5, 5, 0], "nextn_predict_layers": 1},
+        dims=GDN_DIMS, name="qwen35",
+    ),
+    "mistral3": Arch((DENSE,) * 2),
+    "mistral4": Arch(
+        (MLA | FFN_NORM | FFN, MLA | FFN_NORM | EXPERTS | SHARED),
+        MLA_HPARAMS | {"expert_gating_func": 4}, dims=MLA_DIMS,
+    ),
+    "qwen2moe": Arch(
+        (NORM | QKV | QKV_BIAS | OUT | FFN_NORM | GATED_MOE,) * 2, ATTENTION | SHARED_MOE,
+    ),
+    "glm4moe": Arch(
+        (NORM | QKV | QKV_BIAS | OUT | POST_NORM | FFN,
+         NORM | QKV | QKV_BIAS | OUT | POST_NORM | EXPERTS | PROBS_BIAS | SHARED),
+        ATTENTION | SHARED_MOE | {"leading_dense_block_count": 1, "expert_gating_func": 2},
+    ),
+    "cohere2moe": Arch(
+        (NORM | QKV | OUT | FFN, NORM | QKV | OUT | EXPERTS | SHARED),
+        ATTENTION | SHARED_MOE | {
+            "leading_dense_block_count": 1, "attention.sliding_window": 16, "logit_scale": 1.0,
+            "attention.layer_norm_epsilon": 1e-5,
+        },
+        after=TIED,
+    ),
+    "hy_v3": Arch(
+        (QWEN3 | FFN, QWEN3 | EXPERTS | {"exp_probs_b": "experts"} | SHARED),
+        ATTENTION | SHARED_MOE | {"leading_dense_block_count": 1, "expert_gating_func": 2},
+    ),
+    # The shared expert's gate and up are one tensor in this architecture.
+    "granite_swa": Arch(
+        (NORM | QKV | OUT | SINKS | FFN_NORM | EXPERTS | {
+            "ffn_up_shexp.weight": "embd two_ff", "ffn_down_shexp.weight": "ff_shexp embd",
+        },) * 2,
+        ATTENTION | SHARED_MOE | {
+            "attention.sliding_window": 16, "attention.sliding_window_pattern": [True, False],
+            "logit_scale": 1.0,
+        },
+        after=TIED, dims={"two_ff": 512},
+    ),
+    "gpt-oss": Arch(
+        (NORM | QKV | QKV_BIAS | OUT | POST_NORM | SINKS | EXPERTS | {
+            "attn_output.bias": "embd", "ffn_gate_inp.bias": "experts",
+            "ffn_gate_exps.bias": "ff_exp experts", "ffn_up_exps.bias": "ff_exp experts",
+            "ffn_down_exps.bias": "embd experts",
+        },) * 2,
+        ATTENTION | MOE | {"attention.sliding_window": 16},
+    ),
+    # Fused as converted: attn_qkv, and an ffn_up of double width.
+    "phi3": Arch(
+        (NORM | {"attn_qkv.weight": "embd qkv"} | OUT | FFN_NORM | {
+            "ffn_up.weight": "embd two_ff", "ffn_down.weight": "ff embd",
+        },) * 2,
+        ATTENTION | {"attention.sliding_window": 0}, dims={"qkv": 384, "two_ff": 512},
+    ),
+    # llama.cpp loads a fused attn_qkv here and crashes on it.
+    "qwen4exp": Arch(
+        tuple(HYPER | t for t in (
+            GDN_35_BARE | GATED_MOE,
+            GATED_BARE | {
+                "indexer.q_proj.weight": "embd index_q", "indexer.k_proj.weight": "embd index_k",
+                "indexer.q_norm.weight": "index_k", "indexer.k_norm.weight": "index_k",
+            } | GATED_MOE,
+        )),
+        ATTENTION | GDN | SHARED_MOE | {
+            "rope.dimension_sections": [6, 5, 5, 0], "hyper_connection.count": 2,
+            "hyper_connection.low_rank": 8, "attention.indexer.head_count": 4,
+            "attention.indexer.key_length": 64, "attention.indexer.top_k": 8,
+        },
+        after={
+            "output_hc_norm.weight": "embd streams", "output_hc_down.weight": "wide low",
+            "output_hc_up.weight": "low wide", "output.weight": "embd vocab",
+        },
+        dims=GDN_DIMS | {"streams": 2, "wide": 512, "low": 8, "index_q": 256, "index_k": 64},
     ),
 }  # fmt: skip
 
@@ -397,6 +492,15 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
         writer.add_array(key, value)
 
 
+def add_tensor(writer: gguf.GGUFWriter, name: str, values_f32: np.ndarray, kind: str) -> None:
+    """One tensor, given in numpy order, quantized to the type."""
+    if kind == "F32":
+        writer.add_tensor(name, values_f32.astype(np.float32))
+    else:
+        raw = gguf.GGMLQuantizationType(TYPES[kind])
+        writer.add_tensor(name, quantize(values_f32, kind), raw_dtype=raw)
+
+
 def build(
     arch: str,
     path: Path,
@@ -404,19 +508,22 @@ def build(
     seed: int = 0,
     *,
     hparams: Mapping[str, Value] | None = None,
-    types: Mapping[str, str] | None = None,
     metadata: Mapping[str, Value] | None = None,
+    types: Mapping[str, str] | None = None,
+    values: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a tiny model of the architecture with random weights, and return its path.
 
     `hparams` overrides entries under the architecture's own prefix, `metadata` adds entries with
     full keys, `types` maps patterns of tensor names to types and goes before the mix. Every NVFP4
-    tensor has its `.scale` (one a tensor, or one an expert).
+    tensor has its `.scale` (one a tensor, or one an expert). `values` holds float32 values, in
+    numpy order, of tensors that are not to be random; names not in the architecture come last.
     """
     model = ARCHS[arch]
     name = model.name or arch
+    given = dict(values or {})
     writer = gguf.GGUFWriter(path, name)
-    writer.add_name(f"tiny {arch}")
+    writer.add_name("Tiny random model")  # llama.cpp looks for some names in it, such as phi3
     writer.add_block_count(len(model.layers))
     writer.add_vocab_size(VOCAB)
     for key, value in (dict(model.hparams) | dict(hparams or {})).items():
@@ -428,17 +535,16 @@ def build(
     rng = np.random.default_rng(seed)
     listed = dict(tensors(arch))
     for tensor, shape in listed.items():
-        values = _draw(tensor, shape, rng)
+        drawn = _draw(tensor, shape, rng)
         kind = next((t for p, t in (types or {}).items() if fnmatch.fnmatch(tensor, p)), None)
         kind = kind or _type(tensor, shape[0], len(shape), mix, len(model.layers))
-        if kind == "F32":
-            writer.add_tensor(tensor, values)
-            continue
-        raw = gguf.GGMLQuantizationType(TYPES[kind])
-        writer.add_tensor(tensor, quantize(values, kind), raw_dtype=raw)
+        add_tensor(writer, tensor, given.pop(tensor, drawn), kind)
         scale = tensor.removesuffix("weight") + "scale"
         if kind == "NVFP4" and scale not in listed:
-            writer.add_tensor(scale, np.full(shape[2:] or (1,), 0.75, dtype=np.float32))
+            usual = np.full(shape[2:] or (1,), 0.75, dtype=np.float32)
+            add_tensor(writer, scale, given.pop(scale, usual), "F32")
+    for tensor, extra in given.items():
+        add_tensor(writer, tensor, extra, "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

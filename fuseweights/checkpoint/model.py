@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import SourceChangedError
-from .pieces import Weave, span
+from ..errors import CorruptError, SourceChangedError
+from .pieces import Sources, Weave, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,24 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     architecture: str
 
+    @property
+    def quantization(self) -> dict:
+        """The quantization's configuration, where the container keeps one beside the tensors."""
+        return {}
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers the configuration gives the text model, if there is one."""
+        return None
+
     @cached_property
     def paths(self) -> tuple[Path, ...]:
+        """Every file that pieces may come from, in the order of their numbers."""
         return tuple(file.path for file in self.files)
+
+    def read(self, tensor: Tensor, limit: int = 1 << 20) -> bytes:
+        """The bytes of a small tensor. Raises CorruptError when it has more than `limit`."""
+        if tensor.size > limit:
+            raise CorruptError(f"{tensor.name} has {tensor.size} bytes, at most {limit} expected")
+        with Sources(self.paths) as sources:
+            return bytes(sources.read(*tensor.place))

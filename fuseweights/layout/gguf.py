@@ -39,7 +39,7 @@ def fuse(
     gone = {part.name for _, tensor in fused for part in tensor.parts}
     replace = [_replacements(file, fused, len(gone)) for file in checkpoint.files]
     origins = tuple(
-        Origin(file.tail, irregularity(file), _originals(file, replaced))
+        Origin(file.path.name, file.tail, irregularity(file), _originals(file, replaced))
         for file, replaced in zip(checkpoint.files, replace, strict=True)
     )
     index = {t.name: i for file in checkpoint.files for i, t in enumerate(file.tensors)}
@@ -49,7 +49,10 @@ def fuse(
             tensor.name,
             tensor.axis,
             tensor.merge,
-            tuple(Part(p.name, p.shape, p.file, index[p.name]) for p in tensor.parts),
+            tuple(
+                Part(part.name, part.shape, part.file, index[part.name], rows)
+                for part, rows in zip(tensor.parts, tensor.rows, strict=True)
+            ),
         )
         for group, tensor in fused
     )
@@ -59,7 +62,7 @@ def fuse(
         tensors = []
         for tensor in file.tensors:
             if (new := stands_at.get(tensor.name)) is not None:
-                tensors.append((new.name, new.shape, new.dtype, new.piece, new.size))
+                tensors.append((new.name, new.shape, new.dtype, new.pieces[0], new.size))
             elif tensor.name not in gone:
                 tensors.append((tensor.name, tensor.shape, tensor.dtype, tensor.bytes, tensor.size))
         text = manifest.dump().encode()
@@ -105,7 +108,7 @@ def unfuse(
         fused[entry.name] = entry
         begin = 0
         for part in entry.parts:
-            rows = part.shape[entry.axis] if part.shape else 1
+            rows = part.rows
             if entry.merge == "same":
                 piece = whole.bytes
                 size = whole.size
