@@ -8,10 +8,11 @@ from os import PathLike
 from pathlib import Path
 
 from . import verifier
+from .checkpoint.directory import INDEX, open_directory, open_file
 from .checkpoint.gguf import open_gguf
 from .checkpoint.model import Checkpoint
 from .errors import CorruptError, RefusedError, UsageError
-from .layout import gguf as gguf_layout
+from .layout import layout_of, read_manifest
 from .planner import Group, Plan, Refusal, decide, default_consumer, needed_build, refuse_if
 from .rules.consumers import CONTAINERS
 from .unfuser import fused_groups, plan_unfuse
@@ -20,14 +21,21 @@ from .writer import Progress, write
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """Read the headers of a checkpoint: a GGUF file, or any file of a split set.
+    """Read the headers of a checkpoint: a GGUF file, any file of a split set, a Hugging Face
+    directory, any file of one, or a bare safetensors file.
 
     Raises CorruptError for what is not a well-formed checkpoint.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise CorruptError(f"{path}: is a directory", hint="Give a .gguf file.")
+            return open_directory(path)
+        if path.name == INDEX or (
+            path.suffix == ".safetensors" and (path.parent / INDEX).is_file()
+        ):
+            return open_directory(path.parent)
+        if path.suffix == ".safetensors":
+            return open_file(path)
         return open_gguf(path)
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror}") from error
@@ -39,14 +47,14 @@ def plan(
     """What `convert` would write and refuse. `fuse` limits it to those groups."""
     checkpoint = open_checkpoint(src)
     consumer = consumer or default_consumer(checkpoint)
-    manifest = gguf_layout.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     if manifest is not None:
         raise RefusedError(
             f"{checkpoint.root}: was fused by fuseweights already, for {manifest.consumer}",
             hint="`fuseweights unfuse` gives back the original.",
         )
     groups, refusals = decide(checkpoint, consumer, fuse)
-    outputs, inexact = gguf_layout.fuse(checkpoint, groups, consumer)
+    outputs, inexact = layout_of(checkpoint).fuse(checkpoint, groups, consumer)
     copied = len(checkpoint.tensors) - sum(len(t.parts) for g in groups for t in g.tensors)
     needs = needed_build(checkpoint, consumer, {g.group for g in groups})
     return Plan(consumer, checkpoint, groups, refusals, copied, needs, inexact, outputs)
@@ -138,7 +146,7 @@ def inspect(path: str | PathLike[str], *, consumer: str | None = None) -> Inspec
     known = [c for c, kinds in CONTAINERS.items() if checkpoint.container in kinds]
     if consumer not in known:
         decide(checkpoint, consumer, None)  # raises, saying why
-    manifest = gguf_layout.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     return Inspection(
         checkpoint,
         consumer,
@@ -161,7 +169,7 @@ def verify(
     Raises CorruptError when either side cannot be read as a checkpoint.
     """
     a, b = open_checkpoint(source), open_checkpoint(fused)
-    manifest = gguf_layout.read_manifest(b)
+    manifest = read_manifest(b)
     return verifier.verify(a, b, manifest, values=values, threads=threads, progress=progress)
 
 

@@ -13,7 +13,7 @@ from .candidates import layer_of
 from .checkpoint.gguf import read_array
 from .checkpoint.model import Checkpoint, Tensor
 from .errors import RefusedError
-from .layout import gguf as layout
+from .layout import layout_of, read_manifest
 from .manifest import Entry, Manifest, Part
 from .planner import Plan, Refusal
 from .rules import consumers, gguf
@@ -22,13 +22,12 @@ from .rules.groups import Loads, Rule
 
 def plan_unfuse(checkpoint: Checkpoint) -> Plan:
     """Everything that un-fusing will write. Raises RefusedError when nothing is fused."""
-    manifest = layout.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     if manifest is not None:
-        entries, refusals, origins = manifest.entries, (), manifest.files
-        inexact = next((file.inexact for file in origins if file.inexact), None)
+        entries, refusals = manifest.entries, ()
+        inexact = next((file.inexact for file in manifest.files if file.inexact), None)
     else:
         entries, refusals = _by_rule(checkpoint)
-        origins = None
         inexact = "it has no manifest, so the order of the original file is not known"
     if not entries:
         raise RefusedError(
@@ -36,7 +35,7 @@ def plan_unfuse(checkpoint: Checkpoint) -> Plan:
             hint="`fuseweights inspect` shows what is fused and why the rest is left alone.",
             refusals=refusals,
         )
-    outputs = layout.unfuse(checkpoint, entries, origins)
+    outputs = layout_of(checkpoint).unfuse(checkpoint, entries, manifest)
     copied = len(checkpoint.tensors) - len(entries)
     return Plan(None, checkpoint, (), refusals, copied, None, inexact, outputs, entries)
 
@@ -86,6 +85,8 @@ def fused_modules(
 ) -> Iterator[tuple[Rule, str, int, dict[str, Tensor]]]:
     """(rule, parent, layer, tensors by suffix) of every fused module that a consumer also loads
     apart, so whose parts have names."""
+    if checkpoint.container != "gguf":
+        return
     for rule in gguf.RULES:
         row = consumers.loads("llama.cpp", "gguf", checkpoint.architecture, rule.group)
         ours = rule.fused in gguf.OURS

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from io import FileIO
@@ -128,15 +128,15 @@ def _workspace(
         _lock(journal.fileno(), partial, dst)
         journal.seek(0)
         recorded = journal.read().decode(errors="replace")
-        begun = sorted(path.name for path in partial.iterdir() if path.name != JOURNAL)
+        begun = [path for path in _files(partial) if path.name != JOURNAL]
         if resume and begun and recorded != fingerprint:
             raise RefusedError(
                 f"{partial}: was begun from another source or with other options",
                 hint="Run without --resume to start again.",
             )
-        for name in begun:
-            if not resume or name.endswith(UNFINISHED):
-                (partial / name).unlink()
+        for path in begun:
+            if not resume or path.name.endswith(UNFINISHED):
+                path.unlink()
         journal.seek(0)
         journal.truncate()
         journal.write(fingerprint.encode())
@@ -147,7 +147,7 @@ def _workspace(
             finished = [o.name for o in outputs if (partial / o.name).exists()]
             if len(outputs) > 1 and finished:
                 error.add_note(f"{len(finished)} of {len(outputs)} files are done: --resume")
-                _remove(partial, keep={JOURNAL, *finished})
+                _remove(partial, keep={partial / JOURNAL, *(partial / n for n in finished)})
             else:
                 _remove(partial)
             raise
@@ -184,14 +184,17 @@ def _lock(descriptor: int, partial: Path, dst: Path) -> None:
     )
 
 
-def _remove(partial: Path, keep: frozenset[str] | set[str] = frozenset()) -> None:
-    if not partial.is_dir():
-        return
-    for path in partial.iterdir():
-        if path.name not in keep:
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _remove(partial: Path, keep: Collection[Path] = ()) -> None:
+    """Only ever our own hidden directory."""
+    for path in _files(partial):
+        if path not in keep:
             path.unlink(missing_ok=True)
     if not keep:
-        partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_all(
@@ -216,6 +219,7 @@ def _write_all(
     def one(output: Output) -> None:
         unfinished = partial / (output.name + UNFINISHED)
         try:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
             write_file(output.pieces, checkpoint.paths, unfinished, sync=sync, tick=tick)
             unfinished.rename(partial / output.name)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ V_PROJ = "model.layers.0.self_attn.v_proj"
 LOSS = {"fp8": 0.03, "int8": 0.01, "nvfp4": 0.1, "mxfp4": 0.12, "fp4": 0.13, "plain": 0.002}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Everything here is tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def need(fmt: str) -> None:
     library = hf_formats.FORMATS[fmt].library
     if library:
@@ -27,7 +37,8 @@ def need(fmt: str) -> None:
 
 
 def local(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(prefix)}
+    prefix = f"{prefix}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
@@ -37,9 +48,17 @@ def test_every_family_is_written(family: str, tmp_path: Path) -> None:
     assert config["architectures"] and config["model_type"]
     tensors = hf_formats.load(tmp_path)
     assert all(t.dtype == torch.bfloat16 for t in tensors.values())
-    bytes_of = {name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
-    large = [data for data in bytes_of.values() if len(data) >= 64]
+    raw = [t.flatten().view(torch.uint8).numpy().tobytes() for t in tensors.values()]
+    large = [data for data in raw if len(data) >= 64]
     assert len(set(large)) == len(large), "tensors must be tellable from each other"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen3_5_moe"])
+def test_experts_come_split_or_stacked(family: str, tmp_path: Path) -> None:
+    for original in (True, False):
+        path = hf_models.save(family, tmp_path / str(original), original_format=original)
+        stacked = [n for n in hf_formats.load(path) if n.endswith("experts.gate_up_proj")]
+        assert bool(stacked) != original
 
 
 def test_families_shard_and_repeat(tmp_path: Path) -> None:
@@ -69,6 +88,38 @@ def test_dequantize_comes_near_the_original(fmt: str, tmp_path: Path) -> None:
             assert (read - want).norm() / want.norm() < limit
 
 
+@pytest.mark.parametrize("model", ["qwen3_5", "deepseek_v3"])
+@pytest.mark.parametrize("fmt", ["fp8_block", "modelopt_nvfp4", "gptq", "bnb_nf4"])
+def test_other_models_dequantize_too(fmt: str, model: str, tmp_path: Path) -> None:
+    need(fmt)
+    tensors = hf_formats.load(hf_formats.save(fmt, tmp_path / fmt, model=model))
+    original = hf_formats.load(hf_formats.save("plain_f32", tmp_path / "original", model=model))
+    for members in hf_formats.groups(1, model).values():
+        for name in members:
+            want = original[f"{name}.weight"]
+            read = hf_formats.dequantize(fmt, tensors, name)
+            assert (read - want).norm() / want.norm() < 0.13
+    listed = (tmp_path / fmt / "config.json").read_text().count("in_proj_b")
+    assert bool(listed) == (model == "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    "fmt, model",
+    [
+        *((fmt, "llama") for fmt in ("plain_bias", "fp8_tensor", "ct_int4", "ct_nvfp4", "bnb_nf4")),
+        *(("fp8_block", model) for model in hf_formats.MODELS),
+    ],
+)
+def test_transformers_loads_what_it_can_run_here(fmt: str, model: str, tmp_path: Path) -> None:
+    need(fmt)
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    hf_formats.save(fmt, tmp_path, model=model)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(
     "fmt", [name for name, row in hf_formats.FORMATS.items() if row.library == "compressed-tensors"]
@@ -84,7 +135,7 @@ def test_dequantize_equals_compressed_tensors(fmt: str, ragged: bool, tmp_path: 
     state = local(tensors, V_PROJ)
     read = hf_formats.dequantize(fmt, tensors, V_PROJ)
     if (g_idx := state.pop("weight_g_idx", None)) is not None:
-        # the library lost activation order in 0.15: read it column by column in group order
+        # the library has dropped activation order: give it the columns in group order
         order = torch.argsort(g_idx, stable=True)
         columns = hf_formats.unpack_bits(state["weight_packed"], 4, len(order))
         state["weight_packed"] = hf_formats.pack_bits(columns[:, order], 4)
@@ -207,6 +258,58 @@ def test_a_knob_changes_one_part_of_one_layer(
     )
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
     assert torch.equal(second[0], second[1]) and torch.equal(second[0], second[2])
+
+
+def test_a_knob_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing that this knob changes"):
+        hf_formats.save("gptq", tmp_path, unequal="v_proj")
+
+
+#: How the companions of a part merge, where it is not by rows.
+COLUMNS = {"qweight", "qzeros", "scales"}
+KEPT = {
+    "g_idx",
+    "weight_g_idx",
+    "weight.quant_map",
+    "weight_format",
+    "weight_scale_2",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+    "activation_scale",
+}
+
+
+def merge(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    fused = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in KEPT or values[0].ndim == 0 or values[0].shape == (1,):
+            fused[name] = values[0]
+        elif name == "weight_shape":
+            fused[name] = torch.stack([sum(v[0] for v in values), values[0][1]])
+        elif ".quant_state." in name:
+            states = [json.loads(bytes(v.tolist())) for v in values]
+            states[0]["shape"][0] = sum(state["shape"][0] for state in states)
+            fused[name] = torch.tensor(list(json.dumps(states[0]).encode()), dtype=torch.uint8)
+        else:
+            raw = [v.view(torch.uint8) if v.element_size() == 1 else v for v in values]
+            fused[name] = torch.cat(raw, 1 if name in COLUMNS else 0).view(values[0].dtype)
+    return fused
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [n for n, row in hf_formats.FORMATS.items() if not row.refused and n != "bnb_nf4_nested"],
+)
+def test_dequantize_reads_fused_tensors(fmt: str, tmp_path: Path) -> None:
+    need(fmt)
+    tensors = hf_formats.load(hf_formats.save(fmt, tmp_path))
+    for members in hf_formats.groups().values():
+        fused = merge([local(tensors, name) for name in members])
+        named = {f"fused.{name}": value for name, value in fused.items()}
+        want = torch.cat([hf_formats.dequantize(fmt, tensors, name) for name in members])
+        assert torch.equal(hf_formats.dequantize(fmt, named, "fused"), want)
 
 
 def test_the_other_knobs(tmp_path: Path) -> None:

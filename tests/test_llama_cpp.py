@@ -15,7 +15,9 @@ from gguf import GGUFReader, GGUFWriter
 from llama_cpp import LoadFailed, run
 
 import fuseweights
-from fuseweights import planner
+from fuseweights import guards
+from fuseweights.rules import gguf
+from fuseweights.rules.groups import Rule
 
 PROMPT = [5, 17, 101, 42, 7]
 MIXES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "Q4_K_M")
@@ -66,8 +68,8 @@ def test_a_run_repeats_itself_and_notices_a_swapped_section(tmp_path, monkeypatc
     """Control: the comparison above can fail. k and v exchanged load without a word."""
     src = gguf_models.build("llama", tmp_path / "a.gguf", "Q8_0")
     assert run(src, PROMPT) == run(src, PROMPT)
-    swapped = (planner.Rule("qkv", ("attn_q", "attn_v", "attn_k"), "attn_qkv"),)
-    monkeypatch.setattr(planner.gguf, "RULES", swapped)
+    swapped = (Rule("qkv", ("attn_q", "attn_v", "attn_k"), "attn_qkv"),)
+    monkeypatch.setattr(gguf, "RULES", swapped)
     fuseweights.convert(src, tmp_path / "b.gguf")
     monkeypatch.undo()
     assert run(tmp_path / "b.gguf", PROMPT) != run(src, PROMPT)
@@ -85,8 +87,8 @@ def test_what_is_refused_would_not_load(tmp_path, monkeypatch, architecture, gro
     assert {r.reason for r in fuseweights.plan(src, fuse=[group]).refusals} == {
         "consumer-unsupported"
     }
-    others = tuple(g for g in planner.GUARDS if g is not planner.consumer_loads_it)
-    monkeypatch.setattr(planner, "GUARDS", others)
+    others = tuple(g for g in guards.GUARDS if g is not guards.consumer_loads_it)
+    monkeypatch.setattr(guards, "GUARDS", others)
     fuseweights.convert(src, tmp_path / "b.gguf", fuse=[group])
     with pytest.raises(LoadFailed):
         run(tmp_path / "b.gguf", PROMPT, 1)
@@ -98,8 +100,8 @@ def test_scales_of_fused_experts_are_refused_because_never_loaded(tmp_path, monk
     src = _with(src, tmp_path / "a.gguf", scales)
     (refusal,) = [r for r in fuseweights.plan(src, fuse=["experts"]).refusals if r.layer == 0]
     assert refusal.reason == "consumer-unsupported" and "never loads" in refusal.detail
-    others = tuple(g for g in planner.GUARDS if g is not planner.companions_are_known)
-    monkeypatch.setattr(planner, "GUARDS", others)
+    others = tuple(g for g in guards.GUARDS if g is not guards.companions_are_known)
+    monkeypatch.setattr(guards, "GUARDS", others)
     fuseweights.convert(src, tmp_path / "b.gguf", fuse=["experts"])
     try:
         assert run(tmp_path / "b.gguf", PROMPT) != run(src, PROMPT)

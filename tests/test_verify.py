@@ -194,31 +194,37 @@ def entry(data, name=QKV):
     return next(e for e in data["entries"] if e["name"] == name)
 
 
+def put(entry, part, column, value):
+    """Change one column of [name, shape, file, index, rows, data]."""
+    entry["parts"][part][column] = value
+
+
 def lie(change):
     return lambda data: change(data, entry(data))
 
 
 LIES = {
     "order of parts": lie(lambda d, e: e["parts"].reverse()),
-    "a part's name": lie(lambda d, e: e["parts"][0].update(name="blk.0.attn_z.weight")),
+    "a part's name": lie(lambda d, e: put(e, 0, 0, "blk.0.attn_z.weight")),
     "a part's rows": lie(
         lambda d, e: (
-            e["parts"][0].update(shape=[3, 32]),
-            e["parts"][1].update(shape=[5, 32]),
+            put(e, 0, 1, [3, 32]),
+            put(e, 0, 4, 3),
+            put(e, 1, 1, [5, 32]),
+            put(e, 1, 4, 5),
         )
     ),
-    "a part's place": lie(lambda d, e: e["parts"][0].update(index=e["parts"][1]["index"])),
+    "a part's place": lie(lambda d, e: put(e, 0, 3, e["parts"][1][3])),
     "places exchanged": lie(
         lambda d, e: (
-            (p := e["parts"]),
-            (q := p[0]["index"]),
-            p[0].update(index=p[1]["index"]),
-            p[1].update(index=q),
+            (own := e["parts"][0][3]),
+            put(e, 0, 3, e["parts"][1][3]),
+            put(e, 1, 3, own),
         )
     ),
-    "a place outside": lie(lambda d, e: e["parts"][0].update(index=10**6)),
-    "a file outside": lie(lambda d, e: e["parts"][0].update(file=7)),
-    "a negative place": lie(lambda d, e: e["parts"][0].update(index=-1)),
+    "a place outside": lie(lambda d, e: put(e, 0, 3, 10**6)),
+    "a file outside": lie(lambda d, e: put(e, 0, 2, 7)),
+    "a negative place": lie(lambda d, e: put(e, 0, 3, -1)),
     "the axis": lie(lambda d, e: e.update(axis=1)),
     "how it merged": lie(lambda d, e: e.update(merge="same")),
     "no such merge": lie(lambda d, e: e.update(merge="mix")),
@@ -226,7 +232,7 @@ LIES = {
     "an entry dropped": lie(lambda d, e: d["entries"].remove(e)),
     "an entry twice": lie(lambda d, e: d["entries"].append(e)),
     "a fused tensor that is not there": lie(lambda d, e: e.update(name="nothing")),
-    "a part that is there": lie(lambda d, e: e["parts"][0].update(name="norm")),
+    "a part that is there": lie(lambda d, e: put(e, 0, 0, "norm")),
     "a replaced value": lie(
         lambda d, e: d["files"][0]["replaced"].update(
             {"general.tensor_extra.name": "08000000" + "00" * 8}
@@ -238,6 +244,10 @@ LIES = {
     "another file more": lie(lambda d, e: d["files"].append(d["files"][0])),
     "no files": lie(lambda d, e: d.pop("files")),
     "another schema": lie(lambda d, e: d.update(schema=2)),
+    "a part's rows alone": lie(lambda d, e: put(e, 0, 4, 3)),
+    "bytes that are no hex": lie(lambda d, e: put(e, 0, 5, "zz")),
+    "a column too few": lie(lambda d, e: e["parts"][0].pop()),
+    "texts no object": lie(lambda d, e: d.update(texts=[])),
     "one part": lie(lambda d, e: e.update(parts=e["parts"][:1])),
     "parts no list": lie(lambda d, e: e.update(parts={"a": 1})),
 }

@@ -27,7 +27,12 @@ SPLIT_TENSORS = "split.tensors.count"
 def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest of a file that fuseweights fused; None for any other."""
     text = read_value(checkpoint.files[0], KEY, LIMIT)
-    return None if text is None else parse(text, checkpoint)
+    if text is None:
+        return None
+    manifest = parse(text, checkpoint)
+    if len(manifest.files) != len(checkpoint.files):
+        raise CorruptError(f"{checkpoint.root}: manifest: speaks of {len(manifest.files)} files")
+    return manifest
 
 
 def fuse(
@@ -97,10 +102,11 @@ def _raw(file: GGUFFile, key: str) -> bytes:
 
 
 def unfuse(
-    checkpoint: Checkpoint, entries: Sequence[Entry], origins: Sequence[Origin] | None
+    checkpoint: Checkpoint, entries: Sequence[Entry], manifest: Manifest | None
 ) -> tuple[Output, ...]:
-    """The files of the original checkpoint. Without `origins` (another tool fused it) the parts
+    """The files of the original checkpoint. Without a manifest (another tool fused it) the parts
     stand where the fused tensor stood, and files end as usual."""
+    origins = None if manifest is None else manifest.files
     restored: list[list] = [[] for _ in checkpoint.files]
     fused = {}
     for entry in entries:

@@ -28,9 +28,9 @@ class Rule:
 
     Names are dotted paths below the layer and match whole segments only; `*` stands for every
     expert's number, and the fused tensor then has experts as its first dimension. `axis` counts
-    from the outermost dimension. `instead` names the groups that take over where this one is refused.
-    `beside` is a module that must stand in the layer for the rule to hold, `not_beside` one that
-    must not.
+    from the outermost dimension. `instead` names the groups that take over where this one is
+    refused. `beside` is a module that must stand in the layer for the rule to hold, `not_beside`
+    one that must not.
     """
 
     group: str

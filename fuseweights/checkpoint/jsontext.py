@@ -1,0 +1,78 @@
+"""Edits of a JSON text that leave every other character as it is: order, indent, escapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from json.decoder import JSONDecoder, scanstring
+from typing import Any
+
+Path = Sequence[str | int]
+_SPACE = " \t\r\n"
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
+
+
+def _members(text: str, at: int) -> list[tuple[str | int, int, int]]:
+    """(key or index, begin, end of the value) of the object or list that starts at `at`."""
+    is_object, closing = text[at] == "{", {"{": "}", "[": "]"}[text[at]]
+    found: list[tuple[str | int, int, int]] = []
+    at = _skip(text, at + 1)
+    while text[at] != closing:
+        key: str | int = len(found)
+        if is_object:
+            key, at = scanstring(text, at + 1, True)
+            at = _skip(text, _skip(text, at) + 1)
+        _, end = JSONDecoder().raw_decode(text, at)
+        found.append((key, at, end))
+        at = _skip(text, end)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return found
+
+
+def locate(text: str, path: Path) -> tuple[int, int]:
+    """Begin and end of the value at `path`. Raises KeyError when there is none."""
+    begin = _skip(text, 0)
+    _, end = JSONDecoder().raw_decode(text, begin)
+    for step in path:
+        if text[begin] not in "{[":
+            raise KeyError(step)
+        for key, start, stop in _members(text, begin):
+            if key == step:
+                begin, end = start, stop
+                break
+        else:
+            raise KeyError(step)
+    return begin, end
+
+
+def replaced(text: str, path: Path, value: Any) -> str:
+    """`text` with another value at `path`."""
+    begin, end = locate(text, path)
+    return text[:begin] + json.dumps(value) + text[end:]
+
+
+def added(text: str, path: Path, values: Sequence[Any], key: str | None = None) -> str:
+    """`text` with `values` appended to the list at `path`, or one value under `key` added to the
+    object there, separated and indented like its other members."""
+    for value in values:
+        begin, end = locate(text, path)
+        members = _members(text, begin)
+        written = json.dumps(value) if key is None else f"{json.dumps(key)}: {json.dumps(value)}"
+        if not members:
+            text = f"{text[: begin + 1]}{written}{text[end - 1 :]}"
+            continue
+        last = members[-1][2]
+        gap = text[begin + 1 : _skip(text, begin + 1)]  # what stands before the first member
+        if not gap and len(members) > 1:
+            between = text[members[0][2] : members[1][1]]
+            gap = " " if ", " in between else ""
+        elif not gap:
+            gap = " "
+        text = f"{text[:last]},{gap}{written}{text[last:]}"
+    return text

@@ -1,0 +1,164 @@
+"""The JSON files beside the tensors, after fusing: edited in place, nothing else touched.
+
+Lists that name modules keep their entries and gain the fused names, because some engines look at
+a fused layer's own name and others at its parts'. What is unquantized is told from the tensors
+themselves, so no pattern has to be understood to keep it so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..checkpoint import jsontext
+from ..checkpoint.directory import CONFIG, CONFIGS, INDEX, HFCheckpoint
+from ..planner import Group
+from ..rules.formats import FLOATS
+
+FUSION = "fusion_config"
+OURS = "fuseweights"
+# Lists of modules that stay unquantized, wherever a quantization's configuration may keep them.
+IGNORED = (
+    "modules_to_not_convert",
+    "ignored_layers",
+    "ignore",
+    "llm_int8_skip_modules",
+    "exclude_modules",
+)
+
+
+def module_of(group: Group) -> str:
+    """The fused module's path: the weight's name without what names the tensor."""
+    name = group.tensors[0].name
+    head, _, last = name.rpartition(".")
+    return head if last in ("weight", "weight_packed", "qweight") else name
+
+
+def part_modules(group: Group) -> list[str]:
+    return [part.name.rpartition(".")[0] for part in group.tensors[0].parts]
+
+
+def edited(checkpoint: HFCheckpoint, groups: Sequence[Group]) -> dict[str, str]:
+    """New contents of every JSON file that must change; the index apart."""
+    texts = {name: text for name, text in checkpoint.texts.items() if name in CONFIGS}
+    for name, text in texts.items():
+        for path in _quantizations(json.loads(text), name):
+            text = _with_names(text, path, groups)
+            text = _with_expanded(text, path, groups)
+        texts[name] = text
+    if CONFIG in texts:
+        present = checkpoint.config.get(FUSION)
+        if isinstance(present, dict):
+            texts[CONFIG] = jsontext.added(texts[CONFIG], [FUSION], [True], OURS)
+        elif present is None and FUSION in checkpoint.config:
+            texts[CONFIG] = jsontext.replaced(texts[CONFIG], [FUSION], {OURS: True})
+        else:
+            texts[CONFIG] = jsontext.added(texts[CONFIG], [], [{OURS: True}], FUSION)
+    return {name: text for name, text in texts.items() if text != checkpoint.texts[name]}
+
+
+def _quantizations(content: Mapping[str, Any], name: str) -> list[list[str]]:
+    """Paths of the quantization configurations in one file."""
+    if name != CONFIG:
+        return [["quantization"]] if isinstance(content.get("quantization"), dict) else [[]]
+    keys = ("quantization_config", "compression_config")
+    found = [[key] for key in keys if isinstance(content.get(key), dict)]
+    inner = content.get("text_config")
+    if isinstance(inner, dict):
+        found += [["text_config", key] for key in keys if isinstance(inner.get(key), dict)]
+    return found
+
+
+def _at(text: str, path: Sequence[str]) -> Any:
+    try:
+        begin, end = jsontext.locate(text, path)
+    except KeyError:
+        return None
+    return json.loads(text[begin:end])
+
+
+def _with_names(text: str, path: list[str], groups: Sequence[Group]) -> str:
+    plain = [module_of(g) for g in groups if g.tensors[0].dtype in FLOATS]
+    for key in IGNORED:
+        listed = _at(text, [*path, key])
+        if isinstance(listed, list) and listed:
+            text = jsontext.added(text, [*path, key], [m for m in plain if m not in listed])
+    quantized = [g for g in groups if g.tensors[0].dtype not in FLOATS]
+    config_groups = _at(text, [*path, "config_groups"])
+    for name, scheme in config_groups.items() if isinstance(config_groups, dict) else ():
+        names = list(_targeted(scheme.get("targets") or [], quantized))
+        text = jsontext.added(text, [*path, "config_groups", name, "targets"], names)
+    for key in ("dynamic", "quantized_layers"):
+        rules = _at(text, [*path, key])
+        if isinstance(rules, dict) and rules:
+            for rule, value in _renamed(rules, groups, is_pattern=key == "dynamic"):
+                text = jsontext.added(text, [*path, key], [value], rule)
+    return text
+
+
+def _targeted(targets: list[str], groups: Sequence[Group]) -> Iterator[str]:
+    """Fused modules whose parts these targets name, but which they would no longer match."""
+
+    def hit(module: str) -> bool:
+        return any(
+            re.match(t[3:], module) is not None if t.startswith("re:") else t == module
+            for t in targets
+        )
+
+    for group in groups:
+        if all(map(hit, part_modules(group))) and not hit(module_of(group)):
+            yield module_of(group)
+
+
+def _renamed(
+    rules: Mapping[str, Any], groups: Sequence[Group], is_pattern: bool
+) -> Iterator[tuple[str, Any]]:
+    """The first rule that matches a group's parts, again for the fused name."""
+    for group in groups:
+        fused, first = module_of(group), part_modules(group)[0]
+        for rule, value in rules.items():
+            sign = rule[:2] if rule[:2] in ("-:", "+:") else ""
+            pattern = rule.removeprefix(sign)
+            if not (re.match(pattern, first) if is_pattern else rule == first):
+                continue
+            new = sign + re.escape(fused) + "$" if is_pattern else fused
+            if new not in rules and not (is_pattern and re.match(pattern, fused)):
+                yield new, value
+            break
+
+
+def _with_expanded(text: str, path: list[str], groups: Sequence[Group]) -> str:
+    """A config group of its own for layers whose scale is now one a row."""
+    expanded = [module_of(g) for g in groups if any(t.merge == "expand" for t in g.tensors)]
+    schemes = _at(text, [*path, "config_groups"])
+    if not expanded or not isinstance(schemes, dict):
+        return text
+    scheme = next(iter(schemes.values()))
+    weights = {**scheme["weights"], "strategy": "channel"}
+    number = next(i for i in range(len(schemes) + 1) if f"group_{i}" not in schemes)
+    new = {**scheme, "targets": expanded, "weights": weights}
+    return jsontext.added(text, [*path, "config_groups"], [new], f"group_{number}")
+
+
+def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """An index as transformers writes it."""
+    index = {"metadata": dict(metadata), "weight_map": dict(weight_map)}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def new_index(
+    checkpoint: HFCheckpoint, files: Iterable[tuple[str, Sequence[tuple[str, int]]]], lost: int
+) -> str:
+    """The index of `files`, each a name and its (tensor, bytes), `lost` elements less than now."""
+    weight_map, total = {}, 0
+    for name, tensors in files:
+        for tensor, size in tensors:
+            weight_map[tensor] = name
+            total += size
+    metadata = json.loads(checkpoint.texts[INDEX]).get("metadata") or {}
+    metadata["total_size"] = total
+    if type(metadata.get("total_parameters")) is int:
+        metadata["total_parameters"] -= lost
+    return index_text(weight_map, metadata)
