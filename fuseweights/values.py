@@ -14,7 +14,7 @@ from .checkpoint.model import Checkpoint, Tensor
 from .checkpoint.pieces import Sources
 
 if TYPE_CHECKING:
-    from .verifier import Difference, Section
+    from .verifier.results import Difference, Section
 
 ROWS = 1 << 22  # weights dequantized at a time
 
@@ -25,7 +25,7 @@ def compare_values(
     """At most one difference: the first weight of the section whose value differs."""
     import numpy as np
 
-    from .verifier import Difference
+    from .verifier.results import Difference
 
     part, whole, axis = section.part, section.fused, section.axis
     if not part.size:

@@ -10,9 +10,10 @@ from gguf import GGUFReader
 from raw_gguf import ARRAY, I32, STRING, layer, write
 
 import fuseweights
-from fuseweights import CorruptError, manifest, open_checkpoint, verifier
+from fuseweights import CorruptError, manifest, open_checkpoint
 from fuseweights.checkpoint import gguf
 from fuseweights.checkpoint.pieces import Sources, stream
+from fuseweights.verifier import comparing
 
 
 def experts(n: int, count: int = 3) -> list:
@@ -286,8 +287,8 @@ def test_differences_say_where(pair, tmp_path):
 def test_every_block_size_finds_every_byte(pair, tmp_path, monkeypatch, block):
     """The comparison's windows have no gaps, whatever their size."""
     src, fused = pair
-    monkeypatch.setattr(verifier, "BLOCK", block)
-    monkeypatch.setattr(verifier, "JOB", 4 * block)
+    monkeypatch.setattr(comparing, "BLOCK", block)
+    monkeypatch.setattr(comparing, "JOB", 4 * block)
     assert fuseweights.verify(src, fused).ok
     tensor = open_checkpoint(fused).tensors["blk.0.ffn_gate_up_exps.weight"]
     whole = fused.read_bytes()

@@ -112,7 +112,8 @@ def _checkpoint(
     extras: tuple[tuple[str, SourceFile], ...],
     bare: bool,
 ) -> HFCheckpoint:
-    config = _json(texts.get(CONFIG, "{}"), root / CONFIG)
+    configs = {name: _json(texts[name], root / name) for name in CONFIGS if name in texts}
+    config = configs.get(CONFIG, {})
     architecture = config.get("model_type", "")
     if not isinstance(architecture, str):
         raise CorruptError(f"{root / CONFIG}: model_type is not a string")
