@@ -100,13 +100,17 @@ def unfuse(
     fused: str | PathLike[str],
     dst: str | PathLike[str],
     *,
+    as_llama: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
-    """Write the original checkpoint at `dst`: byte-identical unless `plan.inexact` says why not."""
-    planned = plan_unfuse(open_checkpoint(fused))
+    """Write the original checkpoint at `dst`: byte-identical unless `plan.inexact` says why not.
+
+    `as_llama` splits instead what the architecture itself stores fused (phi3, gpt2, falcon …).
+    """
+    planned = plan_unfuse(open_checkpoint(fused), as_llama)
     write(
         planned.outputs,
         planned.checkpoint,

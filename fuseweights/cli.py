@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -26,6 +27,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fuse the weights of a finished model checkpoint without changing one bit of them.",
 )
+
+
+class Names(StrEnum):
+    """Whose names parts get that had none of their own."""
+
+    llama = "llama"
+
 
 Consumer = Annotated[
     str | None,
@@ -162,6 +170,14 @@ def _sums(given: list[str]) -> str | dict[str, str]:
 def unfuse(
     fused: Annotated[Path, typer.Argument(help="A fused checkpoint, by whichever tool.")],
     dst: Annotated[Path, typer.Argument(help="Where the original goes.")],
+    names: Annotated[
+        Names | None,
+        typer.Option(
+            "--as",
+            help="Split what the architecture itself stores fused (phi3, glm4, gpt2, falcon …), "
+            "under llama's names, so that LoRA tools find q_proj. A phi3 becomes a llama.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -169,10 +185,14 @@ def unfuse(
     """Write the original checkpoint again: to the byte when fuseweights fused it.
 
     Example: fuseweights unfuse model-fused.gguf model.gguf
+
+    Example: fuseweights unfuse phi-3-mini phi-3-mini-llama --as llama
     """
     begun = time.perf_counter()
     with _progress(quiet, "Un-fusing") as tick:
-        plan = api.unfuse(fused, dst, overwrite=overwrite, progress=tick)
+        plan = api.unfuse(
+            fused, dst, as_llama=names is not None, overwrite=overwrite, progress=tick
+        )
     if as_json or not quiet:
         _print(as_json, "unfuse", plan, "restored", time.perf_counter() - begun)
 

@@ -105,8 +105,10 @@ def plan_text(plan: Plan, verb: str, seconds: float | None = None) -> Renderable
         lines.append(refusal_table(plan.refusals))
     rate = f" in {seconds:.1f} s ({_size(plan.bytes / max(seconds, 1e-9))}/s)" if seconds else ""
     lines.append(Text(f"{plan.copied} tensors unchanged, {_size(plan.bytes)}{rate}"))
-    if plan.inexact:
-        lines.append(Text(f"Not byte-identical when un-fused, tensors only: {plan.inexact}"))
+    if plan.inexact and plan.restored:
+        lines.append(Text(f"Not the original's bytes: {plan.inexact}"))
+    elif plan.inexact:
+        lines.append(Text(f"Un-fusing will restore tensors, not every byte: {plan.inexact}"))
     if plan.consumer == "llama.cpp" and plan.groups:
         lines.append(
             Text(

@@ -10,19 +10,26 @@ from collections.abc import Iterator
 from itertools import count
 
 from .candidates import layer_of
+from .checkpoint.directory import HFCheckpoint
 from .checkpoint.gguf import read_array
 from .checkpoint.model import Checkpoint, Tensor
-from .errors import RefusedError
-from .layout import layout_of, read_manifest
+from .errors import RefusedError, UsageError
+from .layout import layout_of, native, read_manifest
 from .manifest import Entry, Manifest, Part
 from .planner import Plan, Refusal
 from .rules import consumers, gguf
+from .rules.families import NATIVE
 from .rules.groups import Loads, Rule
 
 
-def plan_unfuse(checkpoint: Checkpoint) -> Plan:
-    """Everything that un-fusing will write. Raises RefusedError when nothing is fused."""
+def plan_unfuse(checkpoint: Checkpoint, as_llama: bool = False) -> Plan:
+    """Everything that un-fusing will write. Raises RefusedError when nothing is fused.
+
+    `as_llama` splits what the architecture itself stores fused, under llama's names.
+    """
     manifest = read_manifest(checkpoint)
+    if as_llama:
+        return _plan_native(checkpoint, manifest)
     if manifest is not None:
         entries, refusals = manifest.entries, ()
         inexact = next((file.inexact for file in manifest.files if file.inexact), None)
@@ -38,6 +45,28 @@ def plan_unfuse(checkpoint: Checkpoint) -> Plan:
     outputs = layout_of(checkpoint).unfuse(checkpoint, entries, manifest)
     copied = len(checkpoint.tensors) - len(entries)
     return Plan(None, checkpoint, (), refusals, copied, None, inexact, outputs, entries)
+
+
+def _plan_native(checkpoint: Checkpoint, manifest: Manifest | None) -> Plan:
+    if not isinstance(checkpoint, HFCheckpoint) or manifest is not None:
+        why = "is a GGUF" if manifest is None else "was fused by fuseweights: un-fuse it as it was"
+        raise UsageError(
+            f"{checkpoint.root}: {why}", hint="--as is for directories that their makers fused."
+        )
+    entries, refusals, apart = native.split(checkpoint)
+    if not entries:
+        raise RefusedError(
+            f"{checkpoint.root}: {checkpoint.architecture or 'it'} stores nothing fused by itself",
+            hint=f"Known are {', '.join(NATIVE)}.",
+            refusals=refusals,
+        )
+    why_not = native.becomes_llama(checkpoint, refusals)
+    note = "the names are llama's now" + (
+        f", the configuration is not: {why_not}" if why_not else ""
+    )
+    copied = len(checkpoint.tensors) - len(entries)
+    written = native.outputs(checkpoint, apart, as_llama=why_not is None)
+    return Plan(None, checkpoint, (), refusals, copied, None, note, written, entries)
 
 
 def _by_rule(checkpoint: Checkpoint) -> tuple[tuple[Entry, ...], tuple[Refusal, ...]]:

@@ -57,6 +57,22 @@ def replaced(text: str, path: Path, value: Any) -> str:
     return text[:begin] + json.dumps(value) + text[end:]
 
 
+def removed(text: str, key: str) -> str:
+    """`text` without a member of its outermost object, its comma and the space before it."""
+    begin = _skip(text, 0)
+    members = _members(text, begin)
+    number = next((i for i, (name, _, _) in enumerate(members) if name == key), None)
+    if number is None:
+        raise KeyError(key)
+    if number:
+        return text[: members[number - 1][2]] + text[members[number][2] :]
+    start = _skip(text, begin + 1)
+    after = members[1][1] if len(members) > 1 else members[0][2]
+    if len(members) > 1:  # back from the next value to its key
+        after = _skip(text, _skip(text, members[0][2]) + 1)
+    return text[:start] + text[after:]
+
+
 def added(text: str, path: Path, values: Sequence[Any], key: str | None = None) -> str:
     """`text` with `values` appended to the list at `path`, or one value under `key` added to the
     object there, separated and indented like its other members."""

@@ -39,7 +39,8 @@ def read_manifest(checkpoint: HFCheckpoint) -> Manifest | None:
     return manifest
 
 
-def _row(tensor: Tensor) -> Row:
+def plain_row(tensor: Tensor) -> Row:
+    """A tensor as it is."""
     return tensor.name, tensor.dtype, tensor.shape, tensor.size, (tensor.bytes,)
 
 
@@ -57,7 +58,7 @@ def fuse(
             if (new := stands_at.get(tensor.name)) is not None:
                 rows.append((new.name, new.dtype, new.shape, new.size, new.pieces))
             elif tensor.name not in gone:
-                rows.append(_row(tensor))
+                rows.append(plain_row(tensor))
         files.append(rows)
     texts = {} if checkpoint.bare else config.edited(checkpoint, groups)
     if INDEX in checkpoint.texts and not checkpoint.bare:
@@ -75,7 +76,7 @@ def fuse(
         pieces = compose(rows, metadata, phase=(file.data_start % BLOCK, BLOCK))
         if rows or not file.tensors:
             weights.append(Output(file.path.name, tuple(pieces)))
-    return (*weights, *_beside(checkpoint, texts)), None
+    return (*weights, *beside(checkpoint, texts)), None
 
 
 def _sizes(
@@ -148,7 +149,7 @@ def _whole_header(file: SafetensorsFile) -> str:
     return file.header + " " * (file.data_start - 8 - len(file.header.encode()))
 
 
-def _beside(checkpoint: HFCheckpoint, texts: Mapping[str, str]) -> list[Output]:
+def beside(checkpoint: HFCheckpoint, texts: Mapping[str, str]) -> list[Output]:
     """The other files: JSON with `texts` in place of their own, the rest as they are."""
     if checkpoint.bare:
         return []
@@ -181,7 +182,7 @@ def unfuse(
         metadata: Mapping[str, str] = {}
         if isinstance(file, SafetensorsFile):
             tensors, metadata = file.tensors, file.metadata or {}
-        kept = [_row(tensor) for tensor in tensors if tensor.name not in fused]
+        kept = [plain_row(tensor) for tensor in tensors if tensor.name not in fused]
         total, rest = len(kept) + len(parts[number]), iter(kept)
         if any(index >= total for index in parts[number]):
             raise CorruptError(f"{checkpoint.root}: manifest: a part's place is not in its file")
@@ -194,7 +195,7 @@ def unfuse(
     if INDEX in checkpoint.texts and INDEX not in texts and not checkpoint.bare:
         lost = sum(_entry_lost(checkpoint, entry) for entry in manifest.entries)
         texts[INDEX] = config.new_index(checkpoint, files, -lost)
-    return (*outputs, *_beside(checkpoint, texts))
+    return (*outputs, *beside(checkpoint, texts))
 
 
 def _entry_lost(checkpoint: HFCheckpoint, entry: Entry) -> int:

@@ -8,7 +8,6 @@ fused by themselves have `NATIVE` rows too: their parts and how rows are laid ou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from .groups import Rule
 
@@ -92,51 +91,60 @@ FAMILIES = {name: rules for names, rules in _ROWS.items() for name in names.spli
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """A tensor that the architecture itself stores fused, and how its rows divide.
+    """A module that the architecture itself stores fused.
 
-    `layout` says how the parts lie along `axis`: "stacked" one after the other; "per_head" and
-    "per_kv_group" interleaved, each head (or group of heads that share keys) holding its rows of
-    every part. `sizes` names the formula for the rows in layout/native.py.
+    Its rows come in groups of heads, each holding some rows of every part; one group is plain
+    stacking. `sizes` names the formula for them in layout/native.py. `axis` is the dimension of
+    the weight that holds output rows: 1 in GPT-2's transposed layers.
     """
 
     group: str
     fused: str
     parts: tuple[str, ...]
-    sizes: Literal["attention", "halves", "gdn_qkvz", "gdn_ba"]
-    layout: Literal["stacked", "per_head", "per_kv_group"] = "stacked"
+    sizes: str
     axis: int = 0
 
 
-def _native_qkv(path: str, fused: str, **layout) -> Native:
+def _native_qkv(path: str, fused: str, sizes: str, axis: int = 0) -> Native:
     parts = tuple(f"{path}.{part}_proj" for part in "qkv")
-    return Native("qkv", f"{path}.{fused}", parts, "attention", **layout)
+    return Native("qkv", f"{path}.{fused}", parts, sizes, axis)
 
 
 _HALVES = Native("gate_up", "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "halves")
-_MIXER = "linear_attn.in_proj_"
-_NATIVE_ROWS: dict[str, tuple[Native, ...]] = {
-    "phi3": (_native_qkv("self_attn", "qkv_proj"), _HALVES),
+NATIVE: dict[str, tuple[Native, ...]] = {
+    "phi3": (_native_qkv("self_attn", "qkv_proj", "stacked"), _HALVES),
     "glm4": (_HALVES,),
-    "baichuan": (_native_qkv("self_attn", "W_pack"),),
-    "gpt2": (_native_qkv("attn", "c_attn", axis=1),),
-    "falcon": (_native_qkv("self_attention", "query_key_value", layout="per_kv_group"),),
-    "bloom": (_native_qkv("self_attention", "query_key_value", layout="per_head"),),
-    "gpt_neox": (_native_qkv("attention", "query_key_value", layout="per_head"),),
+    "baichuan": (_native_qkv("self_attn", "W_pack", "thirds"),),
+    "gpt2": (_native_qkv("attn", "c_attn", "thirds", axis=1),),
+    "falcon": (_native_qkv("self_attention", "query_key_value", "grouped"),),
+    "bloom": (_native_qkv("self_attention", "query_key_value", "per_head"),),
+    "gpt_neox": (_native_qkv("attention", "query_key_value", "per_head"),),
+    # interleaved per key head; apart under Qwen3.5's names and in its order
     "qwen3_next": (
         Native(
             "gdn_qkvz",
-            f"{_MIXER}qkvz",
-            tuple(_MIXER + part for part in ("q", "k", "v", "z")),
+            "linear_attn.in_proj_qkvz",
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
             "gdn_qkvz",
-            "per_kv_group",
         ),
-        Native("gdn_ba", f"{_MIXER}ba", (f"{_MIXER}b", f"{_MIXER}a"), "gdn_ba", "per_kv_group"),
+        Native(
+            "gdn_ba",
+            "linear_attn.in_proj_ba",
+            ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            "gdn_ba",
+        ),
     ),
 }
-NATIVE = {name: rows for names, rows in _NATIVE_ROWS.items() for name in names.split()}
 
-# Architectures that are llama once their fused tensors are apart: (class, config entries that
-# must have these values, else the computation differs).
-LLAMA_LIKE: dict[str, dict[str, tuple]] = {
-    "phi3": {"partial_rotary_factor": (None, 1.0), "sliding_window": (None,)},
+
+@dataclass(frozen=True, slots=True)
+class LlamaLike:
+    """An architecture that computes what llama computes once its parts are apart, as long as
+    these configuration entries have one of these values."""
+
+    only_if: dict[str, tuple]
+
+
+LLAMA_LIKE = {
+    "phi3": LlamaLike({"partial_rotary_factor": (None, 1, 1.0), "sliding_window": (None,)}),
 }
