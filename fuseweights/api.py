@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -71,10 +72,14 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Write the fused checkpoint at `dst` and return the plan that was carried out.
+
+    Files are written in `threads`, or as tasks of any `executor`, for example one of a cluster
+    whose machines see the same paths.
 
     Raises RefusedError when there is nothing to fuse, when `strict` and anything is refused, or
     when `dst` exists or is `src`; CorruptError, WriteError. `progress` is called with bytes done
@@ -90,6 +95,7 @@ def convert(
             overwrite=overwrite,
             resume=resume,
             threads=threads,
+            executor=executor,
             sync=sync,
             progress=progress,
         )

@@ -18,6 +18,8 @@ from . import __version__, api
 from .errors import FuseweightsError, RefusedError, UsageError, printable
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from rich.console import Console
 
 app = typer.Typer(
@@ -93,6 +95,10 @@ def convert(
         bool, typer.Option("--resume", help="Keep the whole files of a run that was cut off.")
     ] = False,
     threads: Threads = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://…", help="Write on a Dask cluster that sees the same paths."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -102,7 +108,7 @@ def convert(
     """
     groups = None if fuse is None else [name.strip() for name in fuse.split(",") if name.strip()]
     begun = time.perf_counter()
-    with _progress(quiet or dry_run, "Fusing") as tick:
+    with _executor(scheduler) as executor, _progress(quiet or dry_run, "Fusing") as tick:
         plan = api.convert(
             src,
             dst,
@@ -113,6 +119,7 @@ def convert(
             overwrite=overwrite,
             resume=resume,
             threads=threads,
+            executor=executor,
             progress=tick,
         )
     seconds = None if dry_run else time.perf_counter() - begun
@@ -206,6 +213,24 @@ def _print(as_json: bool, what: str, *args: object) -> None:
         return
     name = "plan_text" if what == "unfuse" else f"{what}_text"
     _console(sys.stdout).print(getattr(report, name)(*args))
+
+
+@contextmanager
+def _executor(scheduler: str | None) -> Iterator[Executor | None]:
+    """A Dask cluster's executor; None when no scheduler is named."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ModuleNotFoundError:
+        raise UsageError("--scheduler needs Dask", hint="pip install 'fuseweights[dask]'") from None
+    try:
+        client = Client(scheduler, timeout="5s")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler answers at {scheduler}: {error}") from None
+    with client:
+        yield client.get_executor()
 
 
 @contextmanager

@@ -16,11 +16,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
+from uuid import uuid4
 
 from .checkpoint.gguf import SPLIT_NAME, split_name
 from .checkpoint.model import Checkpoint
@@ -41,6 +42,7 @@ def write(
     overwrite: bool = False,
     resume: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -55,7 +57,7 @@ def write(
         _check_target(checkpoint, dst, targets, overwrite)  # again, now that others are locked out
         todo = [o for o in outputs if not (partial / o.name).exists()]
         _check_space(dst, sum(output.size for output in todo))
-        _write_all(todo, checkpoint, partial, threads, sync, progress)
+        _write_all(todo, checkpoint.paths, partial, sync, executor, threads, progress)
         for file in checkpoint.files:
             file.check_unchanged()
         _publish(partial, outputs, dst, targets, overwrite, sync)
@@ -199,12 +201,18 @@ def _remove(partial: Path, keep: Collection[Path] = ()) -> None:
 
 def _write_all(
     outputs: Sequence[Output],
-    checkpoint: Checkpoint,
+    paths: Sequence[Path],
     partial: Path,
-    threads: int | None,
     sync: bool,
+    executor: Executor | None,
+    threads: int | None,
     progress: Progress | None,
 ) -> None:
+    """Write each output, in threads of ours or wherever `executor` runs things.
+
+    Our threads report every block; another executor's tasks, which may run in other processes,
+    report when a file is whole.
+    """
     total, done, lock, stop = sum(o.size for o in outputs), 0, Lock(), Event()
 
     def tick(count: int) -> None:
@@ -216,31 +224,51 @@ def _write_all(
                 done += count
                 progress(done, total)
 
-    def one(output: Output) -> None:
-        unfinished = partial / (output.name + UNFINISHED)
-        try:
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output.pieces, checkpoint.paths, unfinished, sync=sync, tick=tick)
-            unfinished.rename(partial / output.name)
-        except OSError as error:
-            where = error.filename or partial.with_name(output.name)
-            raise WriteError(f"{where}: {error.strerror or error}") from error
-
     workers = min(len(outputs), threads or os.cpu_count() or 1)
-    if workers <= 1:
+    if executor is None and workers <= 1:
         for output in outputs:
-            one(output)
+            write_output(output, paths, partial, sync, tick)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(one, output) for output in outputs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-        failures = [f.exception() for f in futures if not f.cancelled() and f.exception()]
-        if failures:
-            raise next((e for e in failures if not isinstance(e, KeyboardInterrupt)), failures[0])
+    own = ThreadPoolExecutor(workers) if executor is None else None
+    extra = (tick,) if own else ()
+    sizes = {
+        (own or executor).submit(write_output, output, paths, partial, sync, *extra): output.size  # type: ignore[union-attr]
+        for output in outputs
+    }
+    try:
+        for future in as_completed(sizes):
+            future.result()
+            if own is None:
+                tick(sizes[future])
+    finally:
+        stop.set()
+        for future in sizes:
+            future.cancel()
+        if own is not None:
+            own.shutdown(wait=True)
+
+
+def write_output(
+    output: Output,
+    paths: Sequence[Path],
+    partial: Path,
+    sync: bool,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write one output whole in `partial`. A task of its own: picklable, and safe to run again or
+    twice at a time, since each attempt writes under a name of its own and then renames.
+
+    Raises WriteError with the path, SourceChangedError.
+    """
+    target = partial / output.name
+    unfinished = target.with_name(f"{target.name}.{uuid4().hex[:8]}{UNFINISHED}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output.pieces, paths, unfinished, sync=sync, tick=tick)
+        unfinished.replace(target)
+    except OSError as error:
+        where = error.filename or target
+        raise WriteError(f"{where}: {error.strerror or error}") from error
 
 
 def write_file(
@@ -287,7 +315,8 @@ def _publish(
     """Rename into place, the first file last: it is the one that consumers open."""
     try:
         if _is_directory(outputs, dst):
-            (partial / JOURNAL).unlink()
+            for left in set(_files(partial)) - {partial / output.name for output in outputs}:
+                left.unlink()  # the journal, and what a killed worker began
             if sync:
                 _sync_directory(partial)
             _place_directory(partial, dst, overwrite)
