@@ -16,7 +16,7 @@ from .errors import CorruptError, RefusedError, UsageError
 from .layout import layout_of, read_manifest
 from .planner import Group, Plan, Refusal, decide, default_consumer, needed_build, refuse_if
 from .rules.consumers import CONTAINERS
-from .unfuser import fused_groups, plan_unfuse
+from .unfuser import FusedModule, fused_groups, plan_unfuse
 from .verifier import Verification
 from .writer import Progress, write
 
@@ -133,19 +133,21 @@ def unfuse(
 class Inspection:
     """What is fused in a checkpoint already, and per consumer what would be and what would not.
 
-    `fused` are (group, layer, tensor name). `decisions` maps each consumer that reads this
+    `decisions` maps each consumer that reads this
     container to its groups and refusals; `consumer` is the one asked about.
     """
 
     checkpoint: Checkpoint
     consumer: str
     fused_for: str | None
-    fused: tuple[tuple[str, int | None, str], ...]
+    fused: tuple[FusedModule, ...]
     decisions: dict[str, tuple[tuple[Group, ...], tuple[Refusal, ...]]]
 
     def needs(self, consumer: str) -> int | None:
         """The consumer's first build that loads what is fused and what would be."""
-        groups = {g for g, _, _ in self.fused} | {g.group for g in self.decisions[consumer][0]}
+        groups = {module.group for module in self.fused} | {
+            g.group for g in self.decisions[consumer][0]
+        }
         return needed_build(self.checkpoint, consumer, groups)
 
 

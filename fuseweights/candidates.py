@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,36 +119,45 @@ def _modules(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[Rule, dict[str, set[int]]]]:
     """Tensors of every module that a rule names, and where below each rule applies (with the
     numbers of the experts found there)."""
-    by_leaf: dict[str, list[tuple[Rule, list[str], bool]]] = {}
-    for rule in rules:
-        for name in {*rule.parts, rule.fused, rule.beside, rule.not_beside} - {None}:
-            path = str(name).split(".")
-            by_leaf.setdefault(path[-1], []).append((rule, path, name in rule.parts))
     modules: dict[str, dict[str, Tensor]] = {}
     parents: dict[Rule, dict[str, set[int]]] = {rule: {} for rule in rules}
+    places: dict[str, list[_Place]] = {}  # names that differ only in numbers have the same
     for tensor in checkpoint.tensors.values():
+        pattern = _NUMBER.sub("*", tensor.name)
+        if (found := places.get(pattern)) is None:
+            found = places[pattern] = list(_places(pattern.split("."), rules))
+        if not found:
+            continue
         segments = tensor.name.split(".")
-        for end in range(1, len(segments) + 1):
-            for rule, path, is_part in by_leaf.get(segments[end - 1], ()):
-                start = end - len(path)
-                if start < 0 or not _match(path, segments[start:end]):
-                    continue
-                suffix = ".".join(segments[end:])
-                if suffix not in formats.CARRIED:
-                    modules.setdefault(".".join(segments[:end]), {})[suffix] = tensor
-                if is_part:
-                    experts = parents[rule].setdefault(".".join(segments[:start]), set())
-                    if "*" in path:
-                        experts.add(int(segments[start + path.index("*")]))
+        for rule, start, end, expert, is_part in found:
+            suffix = ".".join(segments[end:])
+            if suffix not in formats.CARRIED:
+                modules.setdefault(".".join(segments[:end]), {})[suffix] = tensor
+            if is_part:
+                experts = parents[rule].setdefault(".".join(segments[:start]), set())
+                if expert is not None:
+                    experts.add(int(segments[expert]))
     return modules, parents
 
 
-def _match(path: list[str], segments: list[str]) -> bool:
-    """Whole segments only; `*` is a number written as Python would."""
-    return all(
-        want == have or (want == "*" and have.isdecimal() and str(int(have)) == have)
-        for want, have in zip(path, segments, strict=True)
-    )
+# A segment that is a number as Python would write it.
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])", re.ASCII)
+# (rule, where its path starts and ends in the segments, the expert's segment, is it a part)
+_Place = tuple[Rule, int, int, int | None, bool]
+
+
+def _places(segments: list[str], rules: Sequence[Rule]) -> Iterator[_Place]:
+    """Where a rule's names occur, whole segments only; numbers are `*` here."""
+    for rule in rules:
+        for name in sorted(
+            {*rule.parts, rule.fused, rule.beside, rule.not_beside} - {None}, key=str
+        ):
+            path = str(name).split(".")
+            for start in range(len(segments) - len(path) + 1):
+                end = start + len(path)
+                if segments[start:end] == path:
+                    expert = start + path.index("*") if "*" in path else None
+                    yield rule, start, end, expert, name in rule.parts
 
 
 def _part_names(rule: Rule, experts: set[int]) -> tuple[str, ...]:

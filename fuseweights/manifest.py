@@ -89,7 +89,8 @@ class Manifest:
             "files": [asdict(file) for file in self.files],
             "texts": dict(self.texts),
         }
-        return _compact({**data, "sha256": _checksum(data)})
+        text = _compact(data)
+        return f'{text[:-1]},"sha256":"{sha256(text.encode()).hexdigest()}"}}'
 
 
 def _compact(data: dict) -> str:

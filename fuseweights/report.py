@@ -15,6 +15,7 @@ from .api import Inspection
 from .errors import printable
 from .planner import Group, Plan, Refusal
 from .rules.groups import GROUPS
+from .unfuser import FusedModule
 from .verifier import Verification
 
 SCHEMA = 1
@@ -87,7 +88,10 @@ def inspection_json(found: Inspection) -> dict:
         "tensors": len(found.checkpoint.tensors),
         "consumer": found.consumer,
         "fused_for": found.fused_for,
-        "fused": [{"group": g, "layer": n, "fused": name} for g, n, name in found.fused],
+        "fused": [
+            {"group": m.group, "layer": m.layer, "fused": m.name, "layout": m.layout}
+            for m in found.fused
+        ],
         "groups": [_group_json(group) for group in groups],
         "refusals": [asdict(refusal) for refusal in refusals],
         "needs": found.needs(found.consumer),
@@ -183,14 +187,14 @@ def inspection_text(found: Inspection) -> RenderableType:
 
 
 def _picture(
-    fused: Sequence[tuple[str, int | None, str]],
+    fused: Sequence[FusedModule],
     groups: Sequence[Group],
     refusals: Sequence[Refusal],
 ) -> Table:
     """Layers × groups; neighbouring layers that look the same share a row."""
     cells: dict[int | None, dict[str, str]] = {}
     for sign, found in (
-        (FUSED, [(group, layer) for group, layer, _ in fused]),
+        (FUSED, [(module.group, module.layer) for module in fused]),
         (WILL_FUSE, [(g.group, g.layer) for g in groups]),
         (REFUSED, [(r.group, r.layer) for r in refusals]),
     ):

@@ -7,6 +7,7 @@ certain is left alone with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 
 from .candidates import layer_of
@@ -95,14 +96,35 @@ def _by_rule(checkpoint: Checkpoint) -> tuple[tuple[Entry, ...], tuple[Refusal, 
     return tuple(entries), tuple(refusals)
 
 
-def fused_groups(
-    checkpoint: Checkpoint, manifest: Manifest | None
-) -> tuple[tuple[str, int | None, str], ...]:
-    """(group, layer, weight's name) of everything that is fused already."""
-    if manifest is None:
-        return tuple((r.group, n, t["weight"].name) for r, _, n, t in fused_modules(checkpoint))
-    weights = [entry for entry in manifest.entries if entry.name.endswith(".weight")]
-    return tuple((e.group, layer_of(e.name), e.name) for e in weights)
+@dataclass(frozen=True, slots=True)
+class FusedModule:
+    """Something that is fused already. `layout`: "stacked", or how its maker interleaved it."""
+
+    group: str
+    layer: int | None
+    name: str
+    layout: str = "stacked"
+
+
+def fused_groups(checkpoint: Checkpoint, manifest: Manifest | None) -> tuple[FusedModule, ...]:
+    """Everything that is fused already: by us, by another tool, or by the architecture itself."""
+    if manifest is not None:
+        found: dict[tuple[str, int | None], FusedModule] = {}
+        for entry in manifest.entries:  # the weight comes first, companions follow
+            key = entry.group, layer_of(entry.name)
+            found.setdefault(key, FusedModule(*key, entry.name))
+        return tuple(found.values())
+    if isinstance(checkpoint, HFCheckpoint):
+        return tuple(
+            FusedModule(row.group, layer_of(name), name, native.LAYOUTS[row.sizes])
+            for row in NATIVE.get(checkpoint.architecture, ())
+            for name in checkpoint.tensors
+            if name.endswith(f".{row.fused}.weight")
+        )
+    return tuple(
+        FusedModule(rule.group, layer, tensors["weight"].name)
+        for rule, _, layer, tensors in fused_modules(checkpoint)
+    )
 
 
 def _part_shape(tensor: Tensor, axis: int, rows: int) -> tuple[int, ...]:

@@ -30,10 +30,12 @@ LEFT_BEHIND = (
 
 @dataclass(frozen=True)
 class HFCheckpoint(Checkpoint):
-    """`texts` are the JSON files that speak of tensors and modules; `extras` every other file that
-    comes along, with its name below the directory. `bare` is a file without a directory."""
+    """`texts` are the JSON files that speak of tensors and modules, `index` what the index holds
+    beside weight_map; `extras` every other file that comes along, with its name below the
+    directory. `bare` is a file without a directory."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
+    index: Mapping[str, Any] | None = None
     extras: tuple[tuple[str, SourceFile], ...] = ()
     bare: bool = False
 
@@ -77,22 +79,25 @@ def open_directory(root: Path) -> HFCheckpoint:
     two files, in a file but not in the index or the other way round.
     """
     texts = {name: _text(root / name) for name in CONFIGS if (root / name).is_file()}
+    index = None
     if (root / SINGLE).is_file():
         names = [SINGLE]
     elif (root / INDEX).is_file():
         texts[INDEX] = _text(root / INDEX)
-        names = _indexed_files(texts[INDEX], root)
+        index = _json(texts[INDEX], root / INDEX)
+        names = _indexed_files(_weight_map(index, root), root)
     else:
         raise CorruptError(f"{root}: has neither {SINGLE} nor {INDEX}", hint=_what_is_there(root))
     files = tuple(read_file(root / name, number) for number, name in enumerate(names))
     tensors = _gather(files)
-    if INDEX in texts:
-        _check_index(_weight_map(texts[INDEX], root), files, root)
+    if index is not None:
+        _check_index(_weight_map(index, root), files, root)
+        index["weight_map"] = {}  # says nothing that the files do not say; can be large
     extras = tuple(
         (name, SourceFile(**SourceFile.identity(root / name)))
         for name in _other_files(root, {*texts, *names})
     )
-    return _checkpoint(root, files, tensors, texts, extras, False)
+    return _checkpoint(root, files, tensors, texts, index, extras, False)
 
 
 def open_file(path: Path) -> HFCheckpoint:
@@ -101,7 +106,7 @@ def open_file(path: Path) -> HFCheckpoint:
     texts = {
         name: _text(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()
     }
-    return _checkpoint(path, files, _gather(files), texts, (), True)
+    return _checkpoint(path, files, _gather(files), texts, None, (), True)
 
 
 def _checkpoint(
@@ -109,6 +114,7 @@ def _checkpoint(
     files: tuple[SafetensorsFile, ...],
     tensors: dict[str, Tensor],
     texts: dict[str, str],
+    index: dict[str, Any] | None,
     extras: tuple[tuple[str, SourceFile], ...],
     bare: bool,
 ) -> HFCheckpoint:
@@ -118,7 +124,15 @@ def _checkpoint(
     if not isinstance(architecture, str):
         raise CorruptError(f"{root / CONFIG}: model_type is not a string")
     return HFCheckpoint(
-        "safetensors", root, files, tensors, architecture, texts=texts, extras=extras, bare=bare
+        "safetensors",
+        root,
+        files,
+        tensors,
+        architecture,
+        texts=texts,
+        index=index,
+        extras=extras,
+        bare=bare,
     )
 
 
@@ -151,15 +165,15 @@ def _json(text: str, path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path}: is not a JSON object: {error}") from None
 
 
-def _weight_map(text: str, root: Path) -> dict[str, str]:
-    weight_map = _json(text, root / INDEX).get("weight_map")
+def _weight_map(index: Mapping[str, Any], root: Path) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
         raise CorruptError(f"{root / INDEX}: weight_map is not an object of file names")
     return weight_map
 
 
-def _indexed_files(text: str, root: Path) -> list[str]:
-    names = sorted(set(_weight_map(text, root).values()))
+def _indexed_files(weight_map: Mapping[str, str], root: Path) -> list[str]:
+    names = sorted(set(weight_map.values()))
     for name in names:
         if name in ("", ".", "..") or PurePosixPath(name).name != name or "\\" in name:
             raise CorruptError(f"{root / INDEX}: weight_map leaves the directory with {name!r}")

@@ -148,11 +148,13 @@ def _tensor(name: str, row: Any, number: int, base: int) -> Tensor:
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
-    bits = prod(shape) * DTYPES[dtype]
+    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has a shape or offsets that are no lists")
     begin, end = offsets
+    for size in (begin, end, *shape):
+        if type(size) is not int or size < 0:
+            raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
+    bits = prod(shape) * DTYPES[dtype]
     if bits % 8 or end - begin != bits // 8:
         raise ValueError(
             f"tensor {name!r} {dtype} {shape} needs {bits / 8:g} bytes, its offsets give "

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from ..checkpoint import jsontext
-from ..checkpoint.directory import CONFIG, CONFIGS, INDEX, HFCheckpoint
+from ..checkpoint.directory import CONFIG, CONFIGS, HFCheckpoint
 from ..planner import Group
 from ..rules.formats import FLOATS
 
@@ -144,8 +145,13 @@ def _with_expanded(text: str, path: list[str], groups: Sequence[Group]) -> str:
 
 def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
     """An index as transformers writes it."""
-    index = {"metadata": dict(metadata), "weight_map": dict(weight_map)}
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+    # json's indenting encoder is Python; for 100,000 names that would take most of a plan's time
+    about = json.dumps(dict(metadata), indent=2, sort_keys=True).replace("\n", "\n  ")
+    rows = ",\n".join(
+        f"    {quoted(name)}: {quoted(file)}" for name, file in sorted(weight_map.items())
+    )
+    rows = f"{{\n{rows}\n  }}" if rows else "{}"
+    return f'{{\n  "metadata": {about},\n  "weight_map": {rows}\n}}\n'
 
 
 def new_index(
@@ -157,7 +163,7 @@ def new_index(
         for tensor, size in tensors:
             weight_map[tensor] = name
             total += size
-    metadata = json.loads(checkpoint.texts[INDEX]).get("metadata") or {}
+    metadata = dict((checkpoint.index or {}).get("metadata") or {})
     metadata["total_size"] = total
     if type(metadata.get("total_parameters")) is int:
         metadata["total_parameters"] -= lost

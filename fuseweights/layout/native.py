@@ -115,6 +115,15 @@ SIZES: dict[str, Callable[[Mapping[str, Any], int], Ranges | None]] = {
     "gdn_qkvz": _gdn_qkvz,
     "gdn_ba": _gdn_ba,
 }
+LAYOUTS = {
+    "stacked": "stacked",
+    "thirds": "stacked",
+    "halves": "stacked",
+    "grouped": "interleaved per key head",
+    "per_head": "interleaved per head",
+    "gdn_qkvz": "interleaved per key head",
+    "gdn_ba": "interleaved per key head",
+}
 # How many groups of heads there must be is what is left when the rows of one are known.
 ONE_GROUP = frozenset({"stacked", "halves", "thirds"})
 

@@ -75,7 +75,7 @@ def _texts(
         if a is None or b is None:
             yield Difference(name, None, "only one side has it")
         elif name == INDEX:
-            yield from _index(json.loads(a), json.loads(b), fused)
+            yield from _index(source.index or {}, fused.index or {}, fused)
         else:
             old, new = json.loads(a), json.loads(b)
             if name == CONFIG:
@@ -89,7 +89,7 @@ def _texts(
             yield Difference(name, None, "the manifest records a file that the source lacks")
 
 
-def _index(a: dict[str, Any], b: dict[str, Any], fused: HFCheckpoint) -> Iterator[Difference]:
+def _index(a: Mapping[str, Any], b: Mapping[str, Any], fused: HFCheckpoint) -> Iterator[Difference]:
     """The reader has checked weight_map against the files: what is left is the metadata."""
     total = sum(tensor.size for tensor in fused.tensors.values())
     old, new = dict(a.get("metadata") or {}), dict(b.get("metadata") or {})
