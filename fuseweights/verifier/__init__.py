@@ -47,7 +47,7 @@ def verify(
     differences += compare(source, fused, sections, threads, progress)
     notes: list[str] = []
     if values:
-        from ..values import compare_values
+        from .values import compare_values
 
         for section in sections:
             differences += compare_values(source, fused, section, notes)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING
 
-from .checkpoint.model import Checkpoint, Tensor
-from .checkpoint.pieces import Sources
-
-if TYPE_CHECKING:
-    from .verifier.results import Difference, Section
+from ..checkpoint.model import Checkpoint, Tensor
+from ..checkpoint.pieces import Sources
+from .results import Difference, Section
 
 ROWS = 1 << 22  # weights dequantized at a time
 
@@ -24,8 +21,6 @@ def compare_values(
 ) -> Iterator[Difference]:
     """At most one difference: the first weight of the section whose value differs."""
     import numpy as np
-
-    from .verifier.results import Difference
 
     part, whole, axis = section.part, section.fused, section.axis
     if not part.size:
