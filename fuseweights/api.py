@@ -203,6 +203,10 @@ def verify_source_sha256(
         expected = {names[0]: expected}
     if unknown := sorted(expected.keys() - set(names)):
         raise UsageError(f"no file {', '.join(unknown)}", hint=f"There are {', '.join(names)}.")
+    if missing := [name for name in names if name not in expected]:
+        raise UsageError(
+            f"no sum for {', '.join(missing)}", hint="Every file of the set needs one: FILE=HEX."
+        )
     for value in expected.values():
         if len(value) != 64 or set(value.lower()) - set("0123456789abcdef"):
             raise UsageError(f"{value!r} is not a sha256 sum: 64 hexadecimal digits")

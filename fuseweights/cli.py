@@ -6,9 +6,11 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -49,6 +51,30 @@ Threads = Annotated[
 ]
 
 
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Report errors and end with the contract's exit code: typer would end an interrupted run
+    without a word, and one whose reader is gone with 1, which says that verify found a
+    difference."""
+
+    @wraps(command)
+    def reported(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as error:
+            _print_notes(error)
+            print("Interrupted.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, BrokenPipeError):  # or the interpreter would try again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_failed(error)) from None
+
+    return reported
+
+
 def _version(show: bool) -> None:
     if show:
         print(f"fuseweights {__version__}")
@@ -65,6 +91,7 @@ def root(
 
 
 @app.command()
+@_reported
 def inspect(
     ckpt: Annotated[Path, typer.Argument(help="A GGUF file, or any file of a split set.")],
     consumer: Consumer = None,
@@ -79,6 +106,7 @@ def inspect(
 
 
 @app.command()
+@_reported
 def convert(
     src: Annotated[Path, typer.Argument(help="The checkpoint to fuse. It is only read.")],
     dst: Annotated[Path, typer.Argument(help="Where the fused one goes.")],
@@ -128,6 +156,7 @@ def convert(
 
 
 @app.command()
+@_reported
 def verify(
     src: Annotated[Path, typer.Argument(help="The source; with --source-sha256 the fused one.")],
     fused: Annotated[Path | None, typer.Argument(help="The fused checkpoint.")] = None,
@@ -174,6 +203,7 @@ def _sums(given: list[str]) -> str | dict[str, str]:
 
 
 @app.command()
+@_reported
 def unfuse(
     fused: Annotated[Path, typer.Argument(help="A fused checkpoint, by whichever tool.")],
     dst: Annotated[Path, typer.Argument(help="Where the original goes.")],
@@ -212,7 +242,10 @@ def _print(as_json: bool, what: str, *args: object) -> None:
         print(json.dumps(getattr(report, name)(args[0]), indent=2))
         return
     name = "plan_text" if what == "unfuse" else f"{what}_text"
-    _console(sys.stdout).print(getattr(report, name)(*args))
+    console = _console(sys.stdout)
+    with console.capture() as captured:  # rich itself would end with 1 when the reader is gone
+        console.print(getattr(report, name)(*args))
+    print(captured.get(), end="")
 
 
 @contextmanager
@@ -258,13 +291,9 @@ def main() -> None:
     """Run the command line; the exit code is the contract's."""
     try:
         code = app(standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        _print_notes(error.__context__ or error)
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if os.environ.get("FUSEWEIGHTS_DEBUG") == "1":
-            raise
         code = _failed(error)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -274,6 +303,8 @@ def _failed(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own usage errors
         error.show()
         return error.exit_code
+    if os.environ.get("FUSEWEIGHTS_DEBUG") == "1":
+        traceback.print_exception(error)
     print(f"Error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
     if isinstance(error, RefusedError) and error.refusals:
         from .report import refusal_table

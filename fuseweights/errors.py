@@ -9,12 +9,15 @@ def printable(text: str) -> str:
 
 
 class FuseweightsError(Exception):
-    """Base of the tree. `hint` tells the user what to do next; `exit_code` is the CLI's."""
+    """Base of the tree. `hint` tells the user what to do next, `usual_hint` when nothing more is
+    known; `exit_code` is the CLI's."""
 
     exit_code = 4
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None):
         super().__init__(printable(message))
+        hint = hint or self.usual_hint
         self.hint = hint and printable(hint)
 
 
@@ -22,6 +25,7 @@ class UsageError(FuseweightsError):
     """The call cannot mean anything: an unknown group, a consumer that never reads this format."""
 
     exit_code = 2
+    usual_hint = "`fuseweights COMMAND --help` says what may be given."
 
 
 class RefusedError(FuseweightsError):
@@ -37,6 +41,8 @@ class RefusedError(FuseweightsError):
 class CorruptError(FuseweightsError):
     """A file is not what it claims to be."""
 
+    usual_hint = "Check the path, and the file against its published size or checksum."
+
 
 class SourceChangedError(FuseweightsError):
     """The source changed or shrank while it was being read."""
@@ -44,3 +50,5 @@ class SourceChangedError(FuseweightsError):
 
 class WriteError(FuseweightsError):
     """The operating system would not let us read or write: no space, no permission, I/O error."""
+
+    usual_hint = "The source and the target are as they were."

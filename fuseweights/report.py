@@ -104,15 +104,16 @@ def inspection_json(found: Inspection) -> dict:
 
 def plan_text(plan: Plan, verb: str, seconds: float | None = None) -> RenderableType:
     """What was done, what was left and why."""
-    lines = [Text(f"{plan.checkpoint.root.name}: {verb} {_counts(plan)}")]
+    lines = [Text(printable(f"{plan.checkpoint.root.name}: {verb} {_counts(plan)}"))]
     if plan.refusals:
         lines.append(refusal_table(plan.refusals))
     rate = f" in {seconds:.1f} s ({_size(plan.bytes / max(seconds, 1e-9))}/s)" if seconds else ""
     lines.append(Text(f"{plan.copied} tensors unchanged, {_size(plan.bytes)}{rate}"))
     if plan.inexact and plan.restored:
-        lines.append(Text(f"Not the original's bytes: {plan.inexact}"))
+        lines.append(Text(printable(f"Not the original's bytes: {plan.inexact}")))
     elif plan.inexact:
-        lines.append(Text(f"Un-fusing will restore tensors, not every byte: {plan.inexact}"))
+        reason = printable(plan.inexact)
+        lines.append(Text(f"Un-fusing will restore tensors, not every byte: {reason}"))
     if plan.consumer == "llama.cpp" and plan.groups:
         lines.append(
             Text(

@@ -3,7 +3,7 @@
 Everything is written in a hidden directory beside the target, synced, and renamed into place, so
 the target appears whole or not at all. That directory holds a journal: locked, so that two runs
 cannot write the same target; and with a fingerprint of the plan, so that `resume` continues only
-what was begun.
+what was begun. Whole files move on to a directory of their own inside it, `files`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
@@ -30,7 +30,7 @@ from .errors import RefusedError, WriteError
 from .planner import Output
 
 JOURNAL = "journal.json"
-UNFINISHED = ".part"
+FILES = "files"
 Progress = Callable[[int, int], None]
 
 
@@ -51,17 +51,30 @@ def write(
     Raises RefusedError (the target exists, is the source, or is being written by another run),
     WriteError (no space, I/O), SourceChangedError. After any of them `dst` is as it was.
     """
+    if dst.name in ("", ".."):
+        dst = dst.resolve()
     targets = target_paths(outputs, dst)
-    _check_target(checkpoint, dst, targets, overwrite)
+    places = {o.name: target for o, target in zip(outputs, targets, strict=True)}
+    ours = _hidden(dst, "partial") / FILES if resume else None
+    _check_target(checkpoint, dst, places, overwrite, ours)
     with _workspace(dst, outputs, checkpoint, resume) as partial:
-        _check_target(checkpoint, dst, targets, overwrite)  # again, now that others are locked out
-        todo = [o for o in outputs if not (partial / o.name).exists()]
+        _check_target(checkpoint, dst, places, overwrite, ours)  # again: others are locked out now
+        files = partial / FILES
+        todo = [o for o in outputs if not (files / o.name).exists()]
         _check_space(dst, sum(output.size for output in todo))
-        _write_all(todo, checkpoint.paths, partial, sync, executor, threads, progress)
+        _write_all(todo, checkpoint.paths, files, places, sync, executor, threads, progress)
         for file in checkpoint.files:
             file.check_unchanged()
-        _publish(partial, outputs, dst, targets, overwrite, sync)
+        _publish(files, dst, places, _is_directory(outputs, dst), overwrite, sync)
     return targets
+
+
+def _hidden(dst: Path, what: str) -> Path:
+    """A path of ours beside `dst`."""
+    name = f".{dst.name}.fuseweights-{what}"
+    if len(os.fsencode(name)) > 255:
+        name = f".{hashlib.sha256(os.fsencode(dst.name)).hexdigest()}.fuseweights-{what}"
+    return dst.with_name(name)
 
 
 def target_paths(outputs: Sequence[Output], dst: Path) -> list[Path]:
@@ -80,9 +93,15 @@ def _is_directory(outputs: Sequence[Output], dst: Path) -> bool:
 
 
 def _check_target(
-    checkpoint: Checkpoint, dst: Path, targets: Sequence[Path], overwrite: bool
+    checkpoint: Checkpoint,
+    dst: Path,
+    places: Mapping[str, Path],
+    overwrite: bool,
+    ours: Path | None,
 ) -> None:
-    for target in {dst, *targets}:
+    """`ours` holds the files of a run to resume: it may have been cut off with some in place."""
+    names = {target: name for name, target in places.items()}
+    for target in {dst: None, **names}:
         for source in checkpoint.files:
             if _same(target, source.path) or (
                 target.is_dir() and source.path.resolve().is_relative_to(target.resolve())
@@ -90,10 +109,21 @@ def _check_target(
                 raise RefusedError(
                     f"{target}: is the source itself", hint="Write to another name or directory."
                 )
-        if target.is_dir() and target in targets:
+        if target.is_dir() and target in names:
             raise RefusedError(f"{target}: is a directory", hint="Name the file to write.")
+        if ours and target in names and _same(target, ours / names[target]):
+            continue
         if os.path.lexists(target) and not overwrite:
             raise RefusedError(f"{target}: exists already", hint="--overwrite replaces it.")
+    if overwrite and dst.is_dir() and not dst.is_symlink():
+        tops = {Path(name).parts[0] for name in places}
+        kinds = {Path(name).suffix for name in places}
+        found = [p for p in dst.iterdir() if p.name not in tops]
+        if others := sorted(p.name for p in found if p.is_dir() or p.suffix not in kinds):
+            raise RefusedError(
+                f"{dst}: holds other things than a checkpoint: {', '.join(others[:5])}",
+                hint="Replacing it would delete them. Write to another directory.",
+            )
     if not dst.parent.is_dir():
         raise WriteError(f"{dst.parent}: is not a directory", hint="Create it first.")
 
@@ -119,26 +149,27 @@ def _workspace(
     dst: Path, outputs: Sequence[Output], checkpoint: Checkpoint, resume: bool
 ) -> Iterator[Path]:
     """The hidden directory, locked; kept after a failure only if files in it can be resumed."""
-    partial = dst.with_name(f".{dst.name}.fuseweights-partial")
+    partial = _hidden(dst, "partial")
+    files = partial / FILES
     fingerprint = _fingerprint(outputs, checkpoint)
     try:
         partial.mkdir(exist_ok=True)
         journal = open(partial / JOURNAL, "a+b")  # noqa: SIM115 (held until the end)
     except OSError as error:
+        if isinstance(error, FileNotFoundError | FileExistsError) and not partial.is_file():
+            raise _busy(dst) from None  # another run ends at this moment
         raise WriteError(f"{partial}: {error.strerror}") from error
     with journal:
         _lock(journal.fileno(), partial, dst)
         journal.seek(0)
         recorded = journal.read().decode(errors="replace")
-        begun = [path for path in _files(partial) if path.name != JOURNAL]
-        if resume and begun and recorded != fingerprint:
+        if resume and recorded not in ("", fingerprint):
             raise RefusedError(
                 f"{partial}: was begun from another source or with other options",
                 hint="Run without --resume to start again.",
             )
-        for path in begun:
-            if not resume or path.name.endswith(UNFINISHED):
-                path.unlink()
+        _clear(partial, keep_files=resume)
+        files.mkdir(exist_ok=True)
         journal.seek(0)
         journal.truncate()
         journal.write(fingerprint.encode())
@@ -146,10 +177,10 @@ def _workspace(
         try:
             yield partial
         except BaseException as error:
-            finished = [o.name for o in outputs if (partial / o.name).exists()]
+            finished = sum((files / output.name).exists() for output in outputs)
             if len(outputs) > 1 and finished:
-                error.add_note(f"{len(finished)} of {len(outputs)} files are done: --resume")
-                _remove(partial, keep={partial / JOURNAL, *(partial / n for n in finished)})
+                error.add_note(f"{finished} of {len(outputs)} files are done: --resume")
+                _clear(partial, keep_files=True)
             else:
                 _remove(partial)
             raise
@@ -181,28 +212,37 @@ def _lock(descriptor: int, partial: Path, dst: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
             return  # a file system without locks
-    raise RefusedError(
+    raise _busy(dst)
+
+
+def _busy(dst: Path) -> RefusedError:
+    return RefusedError(
         f"{dst}: is being written by another run", hint="Wait for it, or write to another name."
     )
 
 
-def _files(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
+def _clear(partial: Path, keep_files: bool) -> None:
+    """Remove what a run has begun, with `keep_files` only what it had not finished."""
+    for path in partial.iterdir():
+        if path.name not in (JOURNAL, FILES):
+            path.unlink()
+    if not keep_files and (partial / FILES).exists():
+        shutil.rmtree(partial / FILES)
 
 
-def _remove(partial: Path, keep: Collection[Path] = ()) -> None:
-    """Only ever our own hidden directory."""
-    for path in _files(partial):
-        if path not in keep:
-            path.unlink(missing_ok=True)
-    if not keep:
-        shutil.rmtree(partial, ignore_errors=True)
+def _remove(partial: Path) -> None:
+    """The journal last: once it is gone, another run may begin here."""
+    _clear(partial, keep_files=False)
+    (partial / JOURNAL).unlink()
+    with suppress(OSError):  # another has begun
+        partial.rmdir()
 
 
 def _write_all(
     outputs: Sequence[Output],
     paths: Sequence[Path],
-    partial: Path,
+    files: Path,
+    places: Mapping[str, Path],
     sync: bool,
     executor: Executor | None,
     threads: int | None,
@@ -227,12 +267,13 @@ def _write_all(
     workers = min(len(outputs), threads or os.cpu_count() or 1)
     if executor is None and workers <= 1:
         for output in outputs:
-            write_output(output, paths, partial, sync, tick)
+            write_output(output, paths, files, places[output.name], sync, tick)
         return
     own = ThreadPoolExecutor(workers) if executor is None else None
+    submit = (own or executor).submit  # type: ignore[union-attr]
     extra = (tick,) if own else ()
     sizes = {
-        (own or executor).submit(write_output, output, paths, partial, sync, *extra): output.size  # type: ignore[union-attr]
+        submit(write_output, output, paths, files, places[output.name], sync, *extra): output.size
         for output in outputs
     }
     try:
@@ -251,24 +292,25 @@ def _write_all(
 def write_output(
     output: Output,
     paths: Sequence[Path],
-    partial: Path,
+    files: Path,
+    place: Path,
     sync: bool,
     tick: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write one output whole in `partial`. A task of its own: picklable, and safe to run again or
-    twice at a time, since each attempt writes under a name of its own and then renames.
+    """Write one output whole in `files`, to be put at `place`. A task of its own: picklable, and
+    safe to run again or twice at a time, since each attempt writes under a name of its own and
+    then renames.
 
     Raises WriteError with the path, SourceChangedError.
     """
-    target = partial / output.name
-    unfinished = target.with_name(f"{target.name}.{uuid4().hex[:8]}{UNFINISHED}")
+    unfinished = files.with_name(f"{uuid4().hex}.part")
+    finished = files / output.name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_file(output.pieces, paths, unfinished, sync=sync, tick=tick)
-        unfinished.replace(target)
+        finished.parent.mkdir(parents=finished.parent != files, exist_ok=True)
+        unfinished.replace(finished)
     except OSError as error:
-        where = error.filename or target
-        raise WriteError(f"{where}: {error.strerror or error}") from error
+        raise WriteError(f"{place}: {error.strerror or error}") from error
 
 
 def write_file(
@@ -305,56 +347,76 @@ def _preallocate(descriptor: int, size: int) -> None:
 
 
 def _publish(
-    partial: Path,
-    outputs: Sequence[Output],
+    files: Path,
     dst: Path,
-    targets: Sequence[Path],
+    places: Mapping[str, Path],
+    directory: bool,
     overwrite: bool,
     sync: bool,
 ) -> None:
-    """Rename into place, the first file last: it is the one that consumers open."""
+    """Move into place, the first file last: it is the one that consumers open."""
     try:
-        if _is_directory(outputs, dst):
-            for left in set(_files(partial)) - {partial / output.name for output in outputs}:
-                left.unlink()  # the journal, and what a killed worker began
+        if directory:
             if sync:
-                _sync_directory(partial)
-            _place_directory(partial, dst, overwrite)
+                _sync_directory(files)
+            _place_directory(files, dst, overwrite)
         else:
-            for output, target in reversed(list(zip(outputs, targets, strict=True))):
-                _place_file(partial / output.name, target, overwrite)
+            _place_files(files, places, overwrite)
         if sync:
             _sync_directory(dst.parent)
     except OSError as error:
-        raise WriteError(f"{error.filename or dst}: {error.strerror}") from error
+        raise WriteError(f"{dst}: {error.strerror}") from error
+
+
+def _place_files(files: Path, places: Mapping[str, Path], overwrite: bool) -> None:
+    first, *rest = places.items()
+    if overwrite and rest:
+        first[1].unlink(missing_ok=True)  # files of two sets are never one that opens
+    placed = []
+    try:
+        for name, target in reversed([first, *rest]):
+            _place_file(files / name, target, overwrite)
+            placed.append(target)
+    except BaseException:
+        for target in [] if overwrite else placed:
+            target.unlink()
+        raise
 
 
 def _place_file(file: Path, target: Path, overwrite: bool) -> None:
+    """A link, so that the file stays ours to recognize or to take back until all are placed."""
     if overwrite:
         file.replace(target)
-        return
-    try:
-        os.link(file, target)  # unlike rename, fails if the target has appeared meanwhile
-    except FileExistsError:
-        raise RefusedError(f"{target}: exists already", hint="--overwrite replaces it.") from None
-    except OSError:  # a file system without hard links
-        file.rename(target)
-    else:
-        file.unlink()
+    elif not _same(file, target):  # else an earlier run has placed it
+        try:
+            os.link(file, target)
+        except OSError as error:
+            if os.path.lexists(target):
+                raise RefusedError(
+                    f"{target}: exists already", hint="--overwrite replaces it."
+                ) from error
+            file.rename(target)  # a file system without hard links
 
 
-def _place_directory(partial: Path, dst: Path, overwrite: bool) -> None:
-    if not (overwrite and os.path.lexists(dst)):
-        partial.rename(dst)
-        return
-    old = dst.with_name(f".{dst.name}.fuseweights-replaced")
-    dst.rename(old)
+def _place_directory(files: Path, dst: Path, overwrite: bool) -> None:
+    old = _hidden(dst, "replaced")
+    if overwrite and os.path.lexists(dst):
+        _discard(old)  # of a run that was killed
+        dst.rename(old)
     try:
-        partial.rename(dst)
+        files.rename(dst)
     except OSError:
-        old.rename(dst)
+        if os.path.lexists(old):
+            old.rename(dst)
         raise
-    shutil.rmtree(old) if not old.is_symlink() else old.unlink()
+    _discard(old)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

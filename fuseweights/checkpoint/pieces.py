@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SourceChangedError
+from ..errors import SourceChangedError, WriteError
 
 BUFFER = 1 << 20
 OPEN_FILES = 16
@@ -98,7 +98,14 @@ class Sources:
             self._open.popitem()[1].close()
 
     def read_into(self, file: int, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset`. Raises SourceChangedError when the file ends before."""
+        """Fill `view` from `offset`. Raises SourceChangedError when the file ends before,
+        WriteError when it cannot be read."""
+        try:
+            self._read_into(file, offset, view)
+        except OSError as error:
+            raise WriteError(f"{self._paths[file]}: {error.strerror}") from error
+
+    def _read_into(self, file: int, offset: int, view: memoryview) -> None:
         handle = self._open.get(file)
         if handle is None:
             if len(self._open) >= OPEN_FILES:

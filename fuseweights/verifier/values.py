@@ -58,6 +58,7 @@ def _rows(checkpoint, tensor: Tensor, axis: int, outer: int, row: int, count: in
         kind = GGMLQuantizationType[tensor.dtype]
         if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             quantized = quantized.view(np.dtype(f"<f{4 if tensor.dtype == 'F32' else 2}"))
-        return np.ascontiguousarray(dequantize(quantized, kind), dtype=np.float32)
+        with np.errstate(all="ignore"):  # infinite scales are compared like any other
+            return np.ascontiguousarray(dequantize(quantized, kind), dtype=np.float32)
     except (NotImplementedError, ValueError):
         return None
