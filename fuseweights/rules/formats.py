@@ -18,8 +18,18 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 # Scales of the KV cache: they stay where they are, under their own names.
 CARRIED = frozenset({"k_scale", "v_scale", "q_scale", "prob_output_scale"})
-BNB_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 PRIMARY = ("weight", "weight_packed", "qweight")
+# Every suffix that some table below has.
+SUFFIXES = (
+    *PRIMARY,
+    *("bias", "weight_scale_inv", "activation_scale"),
+    *("weight_scale", "weight_scale_2", "weight_zero_point", "input_scale", "input_zero_point"),
+    *("weight_shape", "weight_g_idx", "weight_global_scale", "input_global_scale"),
+    *("qzeros", "scales", "g_idx"),
+    *("SCB", "weight_format", "weight.absmax", "weight.quant_map"),
+    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")),
+)
+BNB_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class TensorLike(Protocol):

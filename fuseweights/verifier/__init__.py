@@ -49,8 +49,7 @@ def verify(
     if values:
         from .values import compare_values
 
-        for section in sections:
-            differences += compare_values(source, fused, section, notes)
+        differences += compare_values(source, fused, sections, notes)
     size = sum(tensor.size for tensor in fused.tensors.values())
     return Verification(len(fused.tensors), size, tuple(differences), tuple(dict.fromkeys(notes)))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from ..candidates import companions_for, rules_for
 from ..checkpoint.model import Checkpoint, Tensor
 from ..manifest import fold_experts
-from ..rules.formats import PRIMARY
+from ..rules.formats import PRIMARY, SUFFIXES
 from ..rules.groups import Companion, Rejects, Rule
 from .results import Difference, Section
 
@@ -71,7 +71,7 @@ def _sections(source: Checkpoint, fused: Checkpoint, tensor: Tensor) -> list[Sec
     rule, suffix, names = found
     if any(name not in source.tensors or name in fused.tensors for name in names):
         return []
-    layers = [_layer(source, name, suffix) for name in names]
+    layers = [layer(source, name.removesuffix(suffix)) for name in names]
     table = companions_for(source, layers[0])
     if isinstance(table, Rejects) or suffix not in table:
         return []
@@ -81,10 +81,10 @@ def _sections(source: Checkpoint, fused: Checkpoint, tensor: Tensor) -> list[Sec
     merge = _merge(companion, tensor, parts[0])
     axis = axis if merge == "stack" else 0
     sections, begin = [], 0
-    for part, layer in zip(parts, layers, strict=True):
+    for part, own in zip(parts, layers, strict=True):
         rows = part.shape[axis] if len(part.shape) > axis else 1
         if merge == "expand":
-            rows = next(layer[name].shape[0] for name in PRIMARY if name in layer)
+            rows = next(own[name].shape[0] for name in PRIMARY if name in own)
         end = begin + rows
         if merge not in ("stack", "expand"):
             begin, end = 0, tensor.shape[0] if tensor.shape else 1
@@ -93,20 +93,10 @@ def _sections(source: Checkpoint, fused: Checkpoint, tensor: Tensor) -> list[Sec
     return sections
 
 
-def _layer(source: Checkpoint, name: str, suffix: str) -> dict[str, Tensor]:
-    """Every tensor of the linear layer that the tensor `name` belongs to, by suffix."""
-    module = name.removesuffix(suffix)
-    known = [*PRIMARY, suffix, *_COMPANIONS]
-    tensors = {s: source.tensors[module + s] for s in known if module + s in source.tensors}
-    for state in ("nf4", "fp4"):
-        key = f"weight.quant_state.bitsandbytes__{state}"
-        if module + key in source.tensors:
-            tensors[key] = source.tensors[module + key]
-    return tensors
-
-
-# Suffixes by which a format's table tells its variants apart.
-_COMPANIONS = ("weight_scale", "weight_zero_point", "weight_scale_inv", "weight.absmax", "SCB")
+def layer(checkpoint: Checkpoint, module: str) -> dict[str, Tensor]:
+    """The tensors of a linear layer by suffix; `module` ends in its dot."""
+    tensors = checkpoint.tensors
+    return {s: tensors[module + s] for s in SUFFIXES if module + s in tensors}
 
 
 def _merge(companion: Companion, tensor: Tensor, part: Tensor) -> str:
