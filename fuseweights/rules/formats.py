@@ -71,8 +71,10 @@ def _scale(part: Part, name: str, block: int = 1, expands: bool = False) -> Comp
     return Companion("stack", "scale-mismatch", per=Fraction(block))
 
 
-def _fine_grained(q: Mapping[str, Any], part: Part) -> Table:
+def _fine_grained(q: Mapping[str, Any], part: Part) -> Table | Rejects:
     """transformers' `fp8`: E4M3 with a scale a block of 128 × 128, or one a layer."""
+    if "weight" in part and part["weight"].dtype not in FLOAT8:
+        return Rejects("format-unsupported", f"fp8 with {part['weight'].dtype} weights")
     block = (q.get("weight_block_size") or [1])[0]
     return {
         "weight": _ROWS,
