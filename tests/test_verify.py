@@ -11,7 +11,7 @@ from raw_gguf import ARRAY, I32, STRING, layer, write
 
 import fuseweights
 from fuseweights import CorruptError, manifest, open_checkpoint
-from fuseweights.checkpoint import gguf
+from fuseweights.checkpoint import gguf, gguf_compose
 from fuseweights.checkpoint.pieces import Sources, stream
 from fuseweights.verifier import comparing
 
@@ -90,8 +90,8 @@ def rebuilt(fused, target, change, edit_manifest=None):
         edit_manifest(data)
         del data["sha256"]
         data["sha256"] = manifest._checksum(data)
-        replace[manifest.KEY] = gguf.packed_string(file.order, json.dumps(data).encode())
-    pieces = gguf.layout(file, 0, tensors, replace=replace)
+        replace[manifest.KEY] = gguf_compose.packed_string(file.order, json.dumps(data).encode())
+    pieces = gguf_compose.compose(file, 0, tensors, replace=replace)
     with Sources([fused]) as sources:
         target.write_bytes(b"".join(map(bytes, stream(pieces, sources))))
 

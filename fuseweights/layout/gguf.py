@@ -10,11 +10,9 @@ from ..checkpoint.ggml import SCALARS
 from ..checkpoint.gguf import (
     GGUFFile,
     irregularity,
-    layout,
     read_value,
-    renamed_notes,
-    string_field,
 )
+from ..checkpoint.gguf_compose import compose, renamed_notes, string_field
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.pieces import Sources, section
 from ..errors import CorruptError
@@ -72,7 +70,7 @@ def fuse(
                 tensors.append((tensor.name, tensor.shape, tensor.dtype, tensor.bytes, tensor.size))
         text = manifest.dump().encode()
         append = [string_field(file.order, KEY, text)] if number == 0 else []
-        pieces = layout(file, number, tensors, replace=replace[number], append=append)
+        pieces = compose(file, number, tensors, replace=replace[number], append=append)
         outputs.append(Output(file.path.name, tuple(pieces)))
     return tuple(outputs), next((o.inexact for o in origins if o.inexact), None)
 
@@ -136,7 +134,7 @@ def unfuse(
             parts = sum(len(entry.parts) for entry in entries)
             total = len(checkpoint.tensors) - len(entries) + parts
             replace[SPLIT_TENSORS] = _packed_count(file, total)
-        pieces = layout(
+        pieces = compose(
             file,
             number,
             tensors,
