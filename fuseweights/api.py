@@ -73,13 +73,15 @@ def convert(
     resume: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
+    clone: bool = True,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Write the fused checkpoint at `dst` and return the plan that was carried out.
 
     Files are written in `threads`, or as tasks of any `executor`, for example one of a cluster
-    whose machines see the same paths.
+    whose machines see the same paths. With `clone` they share the source's blocks where the file
+    system can, and the rest is copied.
 
     Raises RefusedError when there is nothing to fuse, when `strict` and anything is refused, or
     when `dst` exists or is `src`; CorruptError, WriteError. `progress` is called with bytes done
@@ -96,6 +98,7 @@ def convert(
             resume=resume,
             threads=threads,
             executor=executor,
+            share=clone,
             sync=sync,
             progress=progress,
         )
@@ -109,6 +112,7 @@ def unfuse(
     as_llama: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
+    clone: bool = True,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
@@ -123,6 +127,7 @@ def unfuse(
         Path(dst),
         overwrite=overwrite,
         threads=threads,
+        share=clone,
         sync=sync,
         progress=progress,
     )

@@ -49,6 +49,10 @@ Overwrite = Annotated[bool, typer.Option(help="Replace DST if it exists.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Files written at a time. Default: one a core.")
 ]
+Clone = Annotated[
+    bool,
+    typer.Option("--clone/--no-clone", help="Share the source's blocks where the disk can."),
+]
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,6 +127,7 @@ def convert(
         bool, typer.Option("--resume", help="Keep the whole files of a run that was cut off.")
     ] = False,
     threads: Threads = None,
+    clone: Clone = True,
     scheduler: Annotated[
         str | None,
         typer.Option(metavar="tcp://…", help="Write on a Dask cluster that sees the same paths."),
@@ -148,6 +153,7 @@ def convert(
             resume=resume,
             threads=threads,
             executor=executor,
+            clone=clone,
             progress=tick,
         )
     seconds = None if dry_run else time.perf_counter() - begun
@@ -216,6 +222,7 @@ def unfuse(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    clone: Clone = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -228,7 +235,7 @@ def unfuse(
     begun = time.perf_counter()
     with _progress(quiet, "Un-fusing") as tick:
         plan = api.unfuse(
-            fused, dst, as_llama=names is not None, overwrite=overwrite, progress=tick
+            fused, dst, as_llama=names is not None, overwrite=overwrite, clone=clone, progress=tick
         )
     if as_json or not quiet:
         _print(as_json, "unfuse", plan, "restored", time.perf_counter() - begun)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Event, Lock
 from uuid import uuid4
 
+from . import clone
 from .checkpoint.gguf import SPLIT_NAME, split_name
 from .checkpoint.model import Checkpoint
 from .checkpoint.pieces import Piece, Sources, piece_size, stream
@@ -43,10 +44,12 @@ def write(
     resume: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
+    share: bool = True,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write `outputs` at `dst`; returns the paths of the files, the first one first.
+    """Write `outputs` at `dst`; returns the paths of the files, the first one first. `share` has
+    them made of the source's own blocks where the file system can.
 
     Raises RefusedError (the target exists, is the source, or is being written by another run),
     WriteError (no space, I/O), SourceChangedError. After any of them `dst` is as it was.
@@ -61,8 +64,9 @@ def write(
         _check_target(checkpoint, dst, places, overwrite, ours)  # again: others are locked out now
         files = partial / FILES
         todo = [o for o in outputs if not (files / o.name).exists()]
-        _check_space(dst, sum(output.size for output in todo))
-        _write_all(todo, checkpoint.paths, files, places, sync, executor, threads, progress)
+        usable = clone.clonable(checkpoint.paths, files) if share else frozenset()
+        _check_space(dst, sum(clone.copied_size(output.pieces, usable) for output in todo))
+        _write_all(todo, checkpoint.paths, files, places, usable, sync, executor, threads, progress)
         for file in checkpoint.files:
             file.check_unchanged()
         _publish(files, dst, places, _is_directory(outputs, dst), overwrite, sync)
@@ -243,6 +247,7 @@ def _write_all(
     paths: Sequence[Path],
     files: Path,
     places: Mapping[str, Path],
+    usable: Collection[int],
     sync: bool,
     executor: Executor | None,
     threads: int | None,
@@ -267,13 +272,15 @@ def _write_all(
     workers = min(len(outputs), threads or os.cpu_count() or 1)
     if executor is None and workers <= 1:
         for output in outputs:
-            write_output(output, paths, files, places[output.name], sync, tick)
+            write_output(output, paths, files, places[output.name], usable, sync, tick)
         return
     own = ThreadPoolExecutor(workers) if executor is None else None
     submit = (own or executor).submit  # type: ignore[union-attr]
     extra = (tick,) if own else ()
     sizes = {
-        submit(write_output, output, paths, files, places[output.name], sync, *extra): output.size
+        submit(
+            write_output, output, paths, files, places[output.name], usable, sync, *extra
+        ): output.size
         for output in outputs
     }
     try:
@@ -294,6 +301,7 @@ def write_output(
     paths: Sequence[Path],
     files: Path,
     place: Path,
+    usable: Collection[int],
     sync: bool,
     tick: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -306,7 +314,7 @@ def write_output(
     unfinished = files.with_name(f"{uuid4().hex}.part")
     finished = files / output.name
     try:
-        write_file(output.pieces, paths, unfinished, sync=sync, tick=tick)
+        write_file(output.pieces, paths, unfinished, usable=usable, sync=sync, tick=tick)
         finished.parent.mkdir(parents=finished.parent != files, exist_ok=True)
         unfinished.replace(finished)
     except OSError as error:
@@ -318,19 +326,29 @@ def write_file(
     paths: Sequence[Path],
     target: Path,
     *,
+    usable: Collection[int] = (),
     sync: bool = True,
     tick: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write one file of `pieces`; `tick` is told of each block's bytes."""
-    with FileIO(target, "w") as out, Sources(paths) as sources:
-        _preallocate(out.fileno(), sum(map(piece_size, pieces)))
+    """Write one file of `pieces`; `tick` is told of each block's bytes. `usable` are the numbers
+    of the sources that can be cloned from."""
+    with FileIO(target, "w") as out:
+        if not clone.write(out, pieces, paths, usable, tick):
+            _copy(out, pieces, paths, tick)
+        if sync:
+            os.fsync(out.fileno())
+
+
+def _copy(
+    out: FileIO, pieces: Sequence[Piece], paths: Sequence[Path], tick: Callable[[int], None]
+) -> None:
+    _preallocate(out.fileno(), sum(map(piece_size, pieces)))
+    with Sources(paths) as sources:
         for view in stream(pieces, sources):
             size = len(view)
             while view:
                 view = view[out.write(view) :]
             tick(size)
-        if sync:
-            os.fsync(out.fileno())
 
 
 def _preallocate(descriptor: int, size: int) -> None:

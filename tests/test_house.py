@@ -24,9 +24,11 @@ ARROWS = {
     "planner": {
         *("candidates", "guards", "merging", "manifest", "checkpoint", "rules", "errors"),
     },
-    "layout": {"planner", "candidates", "manifest", "checkpoint", "rules", "errors"},
-    "unfuser": {"layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"},
     "clone": {"checkpoint", "errors"},
+    "layout": {
+        *("planner", "merging", "candidates", "manifest", "clone", "checkpoint", "rules", "errors"),
+    },
+    "unfuser": {"layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"},
     "writer": {"planner", "checkpoint", "clone", "errors"},
     "dequantize": set(),
     # the proof shares nothing with what it proves: no layout, no unfuser, no writer

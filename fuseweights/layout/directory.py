@@ -11,12 +11,13 @@ from ..checkpoint.directory import INDEX, HFCheckpoint
 from ..checkpoint.model import Tensor
 from ..checkpoint.pieces import Piece, Strand, Weave, section, span
 from ..checkpoint.safetensors import SafetensorsFile, compose
+from ..clone import BLOCK, best_start
 from ..errors import CorruptError
 from ..manifest import KEY, Entry, Manifest, Origin, Part, fold_experts, parse
+from ..merging import Fused
 from ..planner import Group, Output
 from . import config
 
-BLOCK = 4096  # what file systems that share extents share
 # (name, dtype, shape, bytes, pieces)
 Row = tuple[str, str, Sequence[int], int, Sequence[Piece]]
 
@@ -49,7 +50,7 @@ def fuse(
 ) -> tuple[tuple[Output, ...], str | None]:
     """The files of the fused checkpoint; un-fusing always returns the same bytes."""
     fused = [(group.group, tensor) for group in groups for tensor in group.tensors]
-    stands_at = {tensor.parts[0].name: tensor for _, tensor in fused}
+    stands_at = {_place(tensor).name: tensor for _, tensor in fused}
     gone = {part.name for _, tensor in fused for part in tensor.parts}
     files: list[list[Row]] = []
     for file in checkpoint.files:
@@ -73,10 +74,21 @@ def fuse(
         metadata = file.metadata
         if number == 0:
             metadata = {**(metadata or {}), KEY: manifest.dump()}
-        pieces = compose(rows, metadata, phase=(file.data_start % BLOCK, BLOCK))
+        start = best_start([piece for *_, parts in rows for piece in parts])
+        phase = None if start is None else (start, BLOCK)
+        pieces = compose(rows, metadata, phase=phase)
         if rows or not file.tensors:
             weights.append(Output(file.path.name, tuple(pieces)))
     return (*weights, *beside(checkpoint, texts)), None
+
+
+def _place(fused: Fused) -> Tensor:
+    """The part whose place `fused` takes: the first. What is no whole number of blocks takes the
+    earliest part's place in that file: most of what follows is then shifted as in the source."""
+    first = fused.parts[0]
+    if fused.size % BLOCK == 0:
+        return first
+    return min((p for p in fused.parts if p.file == first.file), key=lambda p: p.offset)
 
 
 def _sizes(

@@ -15,6 +15,7 @@ from ..checkpoint.gguf import (
 from ..checkpoint.gguf_compose import compose, renamed_notes, string_field
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.pieces import Sources, section
+from ..clone import best_start
 from ..errors import CorruptError
 from ..manifest import KEY, LIMIT, Entry, Manifest, Origin, Part, parse
 from ..planner import Group, Output
@@ -71,6 +72,10 @@ def fuse(
         text = manifest.dump().encode()
         append = [string_field(file.order, KEY, text)] if number == 0 else []
         pieces = compose(file, number, tensors, replace=replace[number], append=append)
+        if number == 0 and (shift := best_start(pieces)):
+            # spaces after the manifest until the tensors lie so that blocks can be cloned
+            append = [string_field(file.order, KEY, text + b" " * shift)]
+            pieces = compose(file, number, tensors, replace=replace[number], append=append)
         outputs.append(Output(file.path.name, tuple(pieces)))
     return tuple(outputs), next((o.inexact for o in origins if o.inexact), None)
 
