@@ -260,7 +260,7 @@ cli.main()
     [
         ("api", "inspect", "inspect in.gguf"),
         ("writer", "_write_all", "convert in.gguf out.gguf"),
-        ("writer", "_publish", "convert in.gguf out.gguf --json"),
+        ("writer", "publish", "convert in.gguf out.gguf --json"),
         ("api", "verify", "verify in.gguf fused.gguf"),
     ],
 )

@@ -29,7 +29,8 @@ ARROWS = {
         *("planner", "merging", "candidates", "manifest", "clone", "checkpoint", "rules", "errors"),
     },
     "unfuser": {"layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"},
-    "writer": {"planner", "checkpoint", "clone", "errors"},
+    "target": {"planner", "checkpoint", "errors"},
+    "writer": {"target", "planner", "checkpoint", "clone", "errors"},
     "dequantize": set(),
     # the proof shares nothing with what it proves: no layout, no unfuser, no writer
     "verifier": {"candidates", "manifest", "checkpoint", "rules", "planner", "dequantize"},

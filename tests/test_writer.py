@@ -300,20 +300,20 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fails(name: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
     error = OSError(number, os.strerror(number))
-    return lambda monkeypatch: monkeypatch.setattr(f"fuseweights.writer.{name}", raising(error))
+    return lambda monkeypatch: monkeypatch.setattr(f"fuseweights.{name}", raising(error))
 
 
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: mock.Mock(free=100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=100_000))
 
 
 FAILURES = {
     "no room at the start": (no_room, "100,000 free"),
-    "no room to reserve": (fails("_preallocate", errno.ENOSPC), "No space left"),
+    "no room to reserve": (fails("writer._preallocate", errno.ENOSPC), "No space left"),
     "no room in the middle": (full, "No space left"),
-    "quota": (fails("_preallocate", errno.EDQUOT), "quota"),
-    "fsync fails": (fails("os.fsync", errno.EIO), "Input/output error"),
-    "rename fails": (fails("_place_file", errno.EIO), "Input/output error"),
+    "quota": (fails("writer._preallocate", errno.EDQUOT), "quota"),
+    "fsync fails": (fails("writer.os.fsync", errno.EIO), "Input/output error"),
+    "rename fails": (fails("target._place_file", errno.EIO), "Input/output error"),
 }
 
 
@@ -334,7 +334,7 @@ def test_the_system_refuses_to_write(src, out, monkeypatch, prepare, message, ol
 
 def test_exactly_enough_room(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = fuseweights.plan(src).bytes
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: mock.Mock(free=size))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=size))
     fuseweights.convert(src, out / "out.gguf")
     assert (out / "out.gguf").stat().st_size == size
 
@@ -393,7 +393,7 @@ def mounted(directory: Path, options: str) -> Iterator[None]:
 def test_small_file_system(src: Path, out: Path, monkeypatch, sees: str) -> None:
     with mounted(out, "size=128k"), untouched(src.parent, out):
         if sees != "at the start":
-            monkeypatch.setattr(writer, "_check_space", lambda *args: None)
+            monkeypatch.setattr(writer, "check_space", lambda *args: None)
         if sees == "in the middle":
             monkeypatch.setattr(writer, "_preallocate", lambda *args: None)
         ticks: list[int] = []
@@ -847,15 +847,15 @@ def test_a_file_of_the_target_set_appears_meanwhile(split: Path, out: Path) -> N
 
 KILL_IN_PUBLISHING = """
 import os, signal, sys, fuseweights
-from fuseweights import writer
-place, count = writer._place_file, 0
+from fuseweights import target
+place, count = target._place_file, 0
 def place_two(*args):
     global count
     if count == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     place(*args)
     count += 1
-writer._place_file = place_two
+target._place_file = place_two
 fuseweights.convert(sys.argv[1], sys.argv[2])
 """
 
