@@ -12,6 +12,8 @@ from .rules import consumers, formats, gguf
 from .rules.families import ATTENTION, FAMILIES, MLP
 from .rules.groups import Companion, Loads, Rejects, Rule
 
+# A segment that is a number as Python would write it.
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])", re.ASCII)
 Modules = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -32,7 +34,7 @@ def companions_for(checkpoint: Checkpoint, part: Mapping[str, Tensor]) -> format
 
 def layer_of(path: str) -> int | None:
     """The last number in a dotted path."""
-    numbers = [segment for segment in path.split(".") if segment.isdecimal()]
+    numbers = [segment for segment in path.split(".") if _NUMBER.fullmatch(segment)]
     return int(numbers[-1]) if numbers else None
 
 
@@ -140,8 +142,6 @@ def _modules(
     return modules, parents
 
 
-# A segment that is a number as Python would write it.
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])", re.ASCII)
 # (rule, where its path starts and ends in the segments, the expert's segment, is it a part)
 _Place = tuple[Rule, int, int, int | None, bool]
 

@@ -11,7 +11,9 @@ from fractions import Fraction
 
 from .candidates import Candidate
 from .checkpoint.model import Tensor
+from .merging import bnb_state, weight_shape
 from .rules import engines
+from .rules.formats import PRIMARY
 from .rules.groups import Loads, Rejects
 
 Guard = Callable[[Candidate], tuple[str, str] | None]
@@ -56,6 +58,8 @@ def format_is_known(c: Candidate) -> tuple[str, str] | None:
 
 def companions_are_known(c: Candidate) -> tuple[str, str] | None:
     assert not isinstance(c.table, Rejects)
+    if c.suffixes[0] not in PRIMARY:
+        return "missing-part", f"there is no weight beside {_said(c.suffixes)}"
     if unknown := [suffix for suffix in c.suffixes if suffix not in c.table]:
         return "unknown-companion", f"nothing says how to merge {_said(unknown)}"
     allowed = c.row.companions if isinstance(c.row, Loads) else None
@@ -143,28 +147,30 @@ def scales_stay_aligned(c: Candidate) -> tuple[str, str] | None:
     return None
 
 
+# What describes a layer of so many rows: how to read it, and what must be alike whatever the rows.
+PARSED: dict[str, tuple[Callable, Callable]] = {
+    "shape": (weight_shape, lambda shape: shape[1]),
+    "state": (bnb_state, lambda state: {**state, "shape": state["shape"][1:]}),
+}
+
+
 def kept_values_agree(c: Candidate) -> tuple[str, str] | None:
     for suffix in c.suffixes:
         companion = c.companion(suffix)
         if companion.merge == "stack":
             continue
-        values = [c.checkpoint.read(tensor) for tensor in c.column(suffix).values()]
-        if companion.merge == "shape":
-            values = [value[8:] for value in values]  # [rows, columns]: the columns
-        elif companion.merge == "state":
-            values = [_without_shape(value) for value in values]
+        values: list = [c.checkpoint.read(tensor) for tensor in c.column(suffix).values()]
+        if companion.merge in PARSED:
+            parse, columns = PARSED[companion.merge]
+            values = [parse(value) for value in values]
+            if None in values:
+                return "format-unsupported", f"{suffix} is malformed"
+            values = [columns(value) for value in values]
         elif companion.expands and len(c.column(c.suffixes[0])) == len(values):
             continue
         if any(value != values[0] for value in values):
             return companion.reason, f"{suffix} differs between the parts"
     return None
-
-
-def _without_shape(blob: bytes) -> object:
-    from .merging import bnb_state
-
-    state = bnb_state(blob)
-    return state and {**state, "shape": state["shape"][1:]}
 
 
 def metadata_agrees(c: Candidate) -> tuple[str, str] | None:

@@ -95,6 +95,14 @@ def _state(c: Candidate, suffix: str, parts: tuple[Tensor, ...]) -> Fused:
     return _literal(c, suffix, parts, (len(literal),), literal)
 
 
+def weight_shape(raw: bytes) -> tuple[int, int] | None:
+    """(rows, columns) of a `weight_shape`, None when it is not one."""
+    if len(raw) != 16:
+        return None
+    rows, columns = struct.unpack("<qq", raw)
+    return (rows, columns) if 0 <= rows < 1 << 40 and columns >= 0 else None
+
+
 def bnb_state(blob: bytes) -> dict | None:
     """The JSON object of a bitsandbytes quant_state, None when it is not one with a shape."""
     try:

@@ -47,7 +47,9 @@ def target_paths(outputs: Sequence[Output], dst: Path) -> list[Path]:
 
 
 def is_directory(outputs: Sequence[Output], dst: Path) -> bool:
-    return dst.suffix != ".gguf" and len(outputs) > 1
+    """Several files are a directory, but for a split set that is given the name of a file."""
+    split = dst.suffix == ".gguf" and all(output.name.endswith(".gguf") for output in outputs)
+    return len(outputs) > 1 and not split
 
 
 def check_target(

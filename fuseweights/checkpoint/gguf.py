@@ -96,8 +96,9 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     files: list[GGUFFile] = []
     tensors: dict[str, Tensor] = {}
-    for number, sibling in enumerate(_siblings(path)):
-        file = read_file(sibling, number)
+    given = read_file(path, 0)
+    for number, sibling in enumerate(_siblings(given)):
+        file = given if sibling == path and number == 0 else read_file(sibling, number)
         files.append(file)
         for tensor in file.tensors:
             if tensor.name in tensors:
@@ -111,8 +112,8 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint("gguf", files[0].path, tuple(files), tensors, architecture)
 
 
-def _siblings(path: Path) -> list[Path]:
-    count = read_file(path, 0).get("split.count", 1)
+def _siblings(file: GGUFFile) -> list[Path]:
+    path, count = file.path, file.get("split.count", 1)
     if not isinstance(count, int) or count <= 1:
         return [path]
     name = SPLIT_NAME.match(path.name)

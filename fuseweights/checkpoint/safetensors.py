@@ -61,7 +61,9 @@ class SafetensorsFile(SourceFile):
 
     @cached_property
     def usual(self) -> bool:
-        """Whether `compose` would write this very header."""
+        """Whether `compose` would write this very header. Empty metadata would become none."""
+        if self.metadata == {}:
+            return False
         rows = [(t.name, t.dtype, t.shape, t.size) for t in self.tensors]
         text = header_text(rows, self.metadata).encode()
         return text == self.header.encode() and self.data_start == 8 + _padded(len(text))
@@ -103,6 +105,7 @@ def read_file(path: Path, number: int) -> SafetensorsFile:
         raise fail("__metadata__ is not an object of strings")
     base = 8 + length
     try:
+        json.dumps(metadata, ensure_ascii=False).encode()
         tensors = [_tensor(name, row, number, base) for name, row in pairs.items()]
     except (TypeError, ValueError, KeyError) as error:
         raise fail(f"the header is malformed: {error}") from None
@@ -131,8 +134,8 @@ def parse_object(text: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise ValueError(f"key {twice!r} occurs twice")
         return found
 
@@ -150,6 +153,7 @@ def _tensor(name: str, row: Any, number: int, base: int) -> Tensor:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has a shape or offsets that are no lists")
+    name.encode()  # half a surrogate cannot be written again
     begin, end = offsets
     for size in (begin, end, *shape):
         if type(size) is not int or size < 0:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint import jsontext
 from ..checkpoint.directory import CONFIG, CONFIGS, HFCheckpoint
+from ..errors import CorruptError
 from ..planner import Group
 from ..rules.formats import FLOATS
 
@@ -45,19 +46,28 @@ def edited(checkpoint: HFCheckpoint, groups: Sequence[Group]) -> dict[str, str]:
     """New contents of every JSON file that must change; the index apart."""
     texts = {name: text for name, text in checkpoint.texts.items() if name in CONFIGS}
     for name, text in texts.items():
-        for path in _quantizations(json.loads(text), name):
-            text = _with_names(text, path, groups)
-            text = _with_expanded(text, path, groups)
-        texts[name] = text
-    if CONFIG in texts:
-        present = checkpoint.config.get(FUSION)
-        if isinstance(present, dict):
-            texts[CONFIG] = jsontext.added(texts[CONFIG], [FUSION], [True], OURS)
-        elif present is None and FUSION in checkpoint.config:
-            texts[CONFIG] = jsontext.replaced(texts[CONFIG], [FUSION], {OURS: True})
-        else:
-            texts[CONFIG] = jsontext.added(texts[CONFIG], [], [{OURS: True}], FUSION)
+        try:
+            for path in _quantizations(json.loads(text), name):
+                text = _with_names(text, path, groups)
+                text = _with_expanded(text, path, groups)
+            texts[name] = _with_fusion(text) if name == CONFIG else text
+        except (TypeError, ValueError, LookupError, AttributeError, re.error) as error:
+            where = checkpoint.root / name
+            raise CorruptError(f"{where}: its configuration is malformed: {error}") from error
     return {name: text for name, text in texts.items() if text != checkpoint.texts[name]}
+
+
+def _with_fusion(text: str) -> str:
+    """What tells transformers that this is for `import fuseweights`, not for its own loading."""
+    config = json.loads(text)
+    present = config.get(FUSION)
+    if isinstance(present, dict):
+        return text if OURS in present else jsontext.added(text, [FUSION], [True], OURS)
+    if present is not None:
+        raise ValueError(f"{FUSION} is {present!r}, expected an object")
+    if FUSION in config:
+        return jsontext.replaced(text, [FUSION], {OURS: True})
+    return jsontext.added(text, [], [{OURS: True}], FUSION)
 
 
 def _quantizations(content: Mapping[str, Any], name: str) -> list[list[str]]:
@@ -163,8 +173,13 @@ def new_index(
         for tensor, size in tensors:
             weight_map[tensor] = name
             total += size
-    metadata = dict((checkpoint.index or {}).get("metadata") or {})
+    index = {k: v for k, v in (checkpoint.index or {}).items() if k != "weight_map"}
+    metadata = index.pop("metadata", None)
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
     metadata["total_size"] = total
     if type(metadata.get("total_parameters")) is int:
         metadata["total_parameters"] -= lost
+    if index:  # entries of whoever wrote it
+        whole = {**index, "metadata": metadata, "weight_map": weight_map}
+        return json.dumps(whole, indent=2, sort_keys=True) + "\n"
     return index_text(weight_map, metadata)

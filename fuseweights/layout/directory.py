@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from .. import __version__
 from ..checkpoint.directory import INDEX, HFCheckpoint
-from ..checkpoint.model import Tensor
+from ..checkpoint.model import SourceFile, Tensor
 from ..checkpoint.pieces import Piece, Strand, Weave, section, span
 from ..checkpoint.safetensors import SafetensorsFile, compose
 from ..clone import BLOCK, best_start
@@ -64,22 +64,31 @@ def fuse(
     texts = {} if checkpoint.bare else config.edited(checkpoint, groups)
     if INDEX in checkpoint.texts and not checkpoint.bare:
         texts[INDEX] = config.new_index(checkpoint, _sizes(checkpoint, files), _lost(fused))
-    emptied = {f.path.name for f, rows in zip(checkpoint.files, files, strict=True) if not rows}
+    emptied = {
+        file.path.name
+        for file, rows in zip(checkpoint.files, files, strict=True)
+        if not rows and _tensors(file)
+    }
     origins, originals = _origins(checkpoint, texts, emptied)
     entries = _entries(checkpoint, fused)
     manifest = Manifest(consumer, __version__, entries, origins, originals)
-    weights = []
-    for number, (file, rows) in enumerate(zip(checkpoint.files, files, strict=True)):
+    weights: list[Output] = []
+    for file, rows in zip(checkpoint.files, files, strict=True):
         assert isinstance(file, SafetensorsFile)
+        if file.path.name in emptied:
+            continue
         metadata = file.metadata
-        if number == 0:
+        if not weights:  # the first file that is written
             metadata = {**(metadata or {}), KEY: manifest.dump()}
         start = best_start([piece for *_, parts in rows for piece in parts])
         phase = None if start is None else (start, BLOCK)
         pieces = compose(rows, metadata, phase=phase)
-        if rows or not file.tensors:
-            weights.append(Output(file.path.name, tuple(pieces)))
+        weights.append(Output(file.path.name, tuple(pieces)))
     return (*weights, *beside(checkpoint, texts)), None
+
+
+def _tensors(file: SourceFile) -> tuple[Tensor, ...]:
+    return file.tensors if isinstance(file, SafetensorsFile) else ()
 
 
 def _place(fused: Fused) -> Tensor:

@@ -57,7 +57,10 @@ def companions(quantization: Mapping[str, Any], part: Part) -> Table | Rejects:
     if build is None:
         named = f"quantization method {method!r}" if method else "a layer with these tensors"
         return Rejects("format-unsupported", f"nothing says how {named} stacks exactly")
-    return build(quantization, part)
+    try:
+        return build(quantization, part)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        return Rejects("format-unsupported", f"the {method} configuration is malformed: {error}")
 
 
 def _single(tensor: TensorLike | None) -> bool:
@@ -71,11 +74,18 @@ def _scale(part: Part, name: str, block: int = 1, expands: bool = False) -> Comp
     return Companion("stack", "scale-mismatch", per=Fraction(block))
 
 
+def _positive(value: Any) -> int:
+    """`value` if it is a positive integer; raises ValueError."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
 def _fine_grained(q: Mapping[str, Any], part: Part) -> Table | Rejects:
     """transformers' `fp8`: E4M3 with a scale a block of 128 × 128, or one a layer."""
     if "weight" in part and part["weight"].dtype not in FLOAT8:
         return Rejects("format-unsupported", f"fp8 with {part['weight'].dtype} weights")
-    block = (q.get("weight_block_size") or [1])[0]
+    block = _positive((q.get("weight_block_size") or [1])[0])
     return {
         "weight": _ROWS,
         "weight_scale_inv": _scale(part, "weight_scale_inv", block),
@@ -100,7 +110,7 @@ def _compressed_tensors(q: Mapping[str, Any], part: Part) -> Table | Rejects:
     weights = [g.get("weights") or {} for g in (q.get("config_groups") or {}).values()]
     if "weight_packed" not in part:
         blocks = {tuple(w["block_structure"]) for w in weights if w.get("block_structure")}
-        block = blocks.pop()[0] if len(blocks) == 1 else 1
+        block = _positive(blocks.pop()[0]) if len(blocks) == 1 else 1
         return {
             "weight": _ROWS,
             "weight_scale": _scale(part, "weight_scale", block, expands=True),

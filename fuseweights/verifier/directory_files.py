@@ -33,7 +33,7 @@ def metadata(
     """Everything that is not a tensor's bytes must be the source's, but for what fusing adds."""
     assert isinstance(source, HFCheckpoint) and isinstance(fused, HFCheckpoint)
     files = {file.path.name: file for file in fused.files}
-    for number, a in enumerate(source.files):
+    for a in source.files:
         b = fused.files[0] if fused.bare else files.pop(a.path.name, None)
         if b is None and all(
             any(part.part.name == t.name for parts in made.values() for part in parts)
@@ -43,7 +43,7 @@ def metadata(
         if not isinstance(a, SafetensorsFile) or not isinstance(b, SafetensorsFile):
             yield Difference(a.path.name, None, "the file is missing")
             continue
-        ours = {KEY} if manifest is not None and number == 0 else set()
+        ours = {KEY} if manifest is not None and b is fused.files[0] else set()
         rest = {k: v for k, v in (b.metadata or {}).items() if k not in ours}
         if rest != dict(a.metadata or {}):
             yield Difference(a.path.name, None, "__metadata__ differs")
@@ -92,14 +92,17 @@ def _texts(
 def _index(a: Mapping[str, Any], b: Mapping[str, Any], fused: HFCheckpoint) -> Iterator[Difference]:
     """The reader has checked weight_map against the files: what is left is the metadata."""
     total = sum(tensor.size for tensor in fused.tensors.values())
-    old, new = dict(a.get("metadata") or {}), dict(b.get("metadata") or {})
+    old, new = (
+        dict(side["metadata"]) if isinstance(side.get("metadata"), dict) else {} for side in (a, b)
+    )
     if new.pop("total_size", None) != total:
         yield Difference(INDEX, None, f"total_size is not {total}, the size of all tensors")
     old.pop("total_size", None)
     for key in ("total_parameters",):  # fewer by the companions that are kept once
         if type(old.get(key)) is int and type(new.get(key)) is int and new[key] <= old[key]:
             del old[key], new[key]
-    if old != new or a.keys() - {"metadata"} != b.keys() - {"metadata"}:
+    others = [{k: v for k, v in side.items() if k != "metadata"} for side in (a, b)]
+    if old != new or others[0] != others[1]:
         yield Difference(INDEX, None, "its metadata differs")
 
 
@@ -118,7 +121,7 @@ def _changed(a: Any, b: Any, path: str, modules: Collection[str]) -> Iterator[st
     elif isinstance(a, list) and isinstance(b, list) and GROWING_LISTS.search(path):
         if b[: len(a)] != a or not set(b[len(a) :]) <= set(modules):
             yield path
-    elif a != b or type(a) is not type(b):
+    elif json.dumps(a) != json.dumps(b):  # also for NaN, which is not equal to itself
         yield path
 
 
