@@ -27,6 +27,7 @@ IGNORED = (
     "ignored_layers",
     "ignore",
     "llm_int8_skip_modules",
+    "skip_modules",
     "exclude_modules",
 )
 
@@ -111,15 +112,9 @@ def _with_names(text: str, path: list[str], groups: Sequence[Group]) -> str:
 
 def _targeted(targets: list[str], groups: Sequence[Group]) -> Iterator[str]:
     """Fused modules whose parts these targets name, but which they would no longer match."""
-
-    def hit(module: str) -> bool:
-        return any(
-            re.match(t[3:], module) is not None if t.startswith("re:") else t == module
-            for t in targets
-        )
-
     for group in groups:
-        if all(map(hit, part_modules(group))) and not hit(module_of(group)):
+        parts = part_modules(group)
+        if all(_names(targets, m) for m in parts) and not _names(targets, module_of(group)):
             yield module_of(group)
 
 
@@ -141,16 +136,39 @@ def _renamed(
 
 
 def _with_expanded(text: str, path: list[str], groups: Sequence[Group]) -> str:
-    """A config group of its own for layers whose scale is now one a row."""
-    expanded = [module_of(g) for g in groups if any(t.merge == "expand" for t in g.tensors)]
+    """Config groups of their own for layers whose scale is now one a row."""
+    expanded = [g for g in groups if any(t.merge == "expand" for t in g.tensors)]
     schemes = _at(text, [*path, "config_groups"])
     if not expanded or not isinstance(schemes, dict):
         return text
-    scheme = next(iter(schemes.values()))
-    weights = {**scheme["weights"], "strategy": "channel"}
-    number = next(i for i in range(len(schemes) + 1) if f"group_{i}" not in schemes)
-    new = {**scheme, "targets": expanded, "weights": weights}
-    return jsontext.added(text, [*path, "config_groups"], [new], f"group_{number}")
+    modules: dict[str, list[str]] = {}
+    for group in expanded:
+        modules.setdefault(_scheme_of(part_modules(group)[0], schemes), []).append(module_of(group))
+    taken = set(schemes)
+    for name, targets in modules.items():
+        weights = {**schemes[name]["weights"], "strategy": "channel"}
+        new = {**schemes[name], "targets": targets, "weights": weights}
+        key = next(k for i in range(len(taken) + 1) if (k := f"group_{i}") not in taken)
+        taken.add(key)
+        text = jsontext.added(text, [*path, "config_groups"], [new], key)
+    return text
+
+
+def _scheme_of(module: str, schemes: Mapping[str, Any]) -> str:
+    """The config group of a module: one that names it, else one that names its class."""
+    named = (name for name, s in schemes.items() if _names(s.get("targets") or [], module))
+    by_class = (n for n, s in schemes.items() if "Linear" in (s.get("targets") or []))
+    found = next(named, None) or next(by_class, None)
+    if found is None:
+        raise ValueError(f"no config group is for {module}")
+    return found
+
+
+def _names(targets: Sequence[str], module: str) -> bool:
+    """Whether a config group's targets name `module`, by itself or by pattern."""
+    return any(
+        re.match(t[3:], module) is not None if t.startswith("re:") else t == module for t in targets
+    )
 
 
 def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:

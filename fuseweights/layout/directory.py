@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
-from pathlib import PurePosixPath
 
 from .. import __version__
-from ..checkpoint.directory import INDEX, HFCheckpoint
+from ..checkpoint.directory import CONFIGS, INDEX, HFCheckpoint
 from ..checkpoint.model import SourceFile, Tensor
 from ..checkpoint.pieces import Piece, Strand, Weave, section, span
 from ..checkpoint.safetensors import SafetensorsFile, compose
@@ -31,13 +30,20 @@ def read_manifest(checkpoint: HFCheckpoint) -> Manifest | None:
         return None
     manifest = parse(text, checkpoint)
     names = {origin.name for origin in manifest.files}
-    for name in [] if checkpoint.bare else [*names, *manifest.texts]:
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise CorruptError(f"{checkpoint.root}: manifest: {name!r} is no file name")
+    wrong = [name for name in names if not checkpoint.bare and not _is_file_name(name)]
+    wrong += manifest.texts.keys() - {*CONFIGS, INDEX}
+    if wrong:
+        raise CorruptError(f"{checkpoint.root}: manifest: {wrong[0][:80]!r} is no file of ours")
     present = {file.path.name for file in checkpoint.files}
     if len(names) != len(manifest.files) or not (checkpoint.bare or present <= names):
         raise CorruptError(f"{checkpoint.root}: manifest: speaks of other files")
     return manifest
+
+
+def _is_file_name(name: str) -> bool:
+    """A name in this directory, on any system."""
+    odd = set(name) & set('/\\:*?"<>|') or not name.isprintable()
+    return name.endswith(".safetensors") and not odd and len(name.encode()) < 256
 
 
 def plain_row(tensor: Tensor) -> Row:

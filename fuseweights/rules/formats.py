@@ -29,6 +29,8 @@ SUFFIXES = (
     *("SCB", "weight_format", "weight.absmax", "weight.quant_map"),
     *(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")),
 )
+# Methods whose files list their tensors where fusing does not follow.
+NAMED_ELSEWHERE = frozenset({"torchao"})
 BNB_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -49,10 +51,13 @@ PLAIN: Table = {"weight": _ROWS, "bias": _BIAS}
 
 def companions(quantization: Mapping[str, Any], part: Part) -> Table | Rejects:
     """The table for a linear layer with these tensors in a checkpoint quantized like this."""
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in NAMED_ELSEWHERE:
+        detail = f"quantization method {method!r} lists its tensors elsewhere: none stacks exactly"
+        return Rejects("format-unsupported", detail)
     weight = part.get("weight")
     if weight is not None and weight.dtype in FLOATS and part.keys() <= PLAIN.keys():
         return PLAIN
-    method = str(quantization.get("quant_method", "")).lower()
     build = FORMATS.get(method)
     if build is None:
         named = f"quantization method {method!r}" if method else "a layer with these tensors"
@@ -64,7 +69,8 @@ def companions(quantization: Mapping[str, Any], part: Part) -> Table | Rejects:
 
 
 def _single(tensor: TensorLike | None) -> bool:
-    return tensor is not None and all(n == 1 for n in tensor.shape)
+    """One number: no row of one, which a layer of one block has."""
+    return tensor is not None and tensor.shape in ((), (1,))
 
 
 def _scale(part: Part, name: str, block: int = 1, expands: bool = False) -> Companion:

@@ -19,7 +19,7 @@ FUSION = "fusion_config"
 # Where fusing adds entries to an object, and to lists of module names.
 GROWING_OBJECTS = re.compile(r"(^|/)(config_groups|dynamic|quantized_layers)$")
 GROWING_LISTS = re.compile(
-    r"(^|/)(modules_to_not_convert|ignored_layers|ignore|llm_int8_skip_modules|exclude_modules"
+    r"(^|/)(modules_to_not_convert|ignored_layers|ignore|llm_int8_skip_modules|skip_modules|exclude_modules"
     r"|config_groups/[^/]+/targets)$"
 )
 
