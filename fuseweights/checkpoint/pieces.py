@@ -7,6 +7,7 @@ column-wise is many, and un-fusing is a weave of one strand whose runs lie `stri
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
@@ -133,7 +134,7 @@ class Sources:
 def stream(pieces: Iterable[Piece], sources: Sources) -> Iterator[memoryview]:
     """The bytes of `pieces` in order, in views of at most `BUFFER` bytes, each valid until the
     next is asked for."""
-    buffer = memoryview(mmap(-1, BUFFER))  # page-aligned: malloc's are not, and written slower
+    buffer = memoryview(_page_aligned(BUFFER))
     for piece in pieces:
         if isinstance(piece, bytes):
             yield memoryview(piece)
@@ -142,6 +143,15 @@ def stream(pieces: Iterable[Piece], sources: Sources) -> Iterator[memoryview]:
                 yield memoryview(bytes(min(BUFFER, piece.size - begin)))
         else:
             yield from _woven(piece, sources, buffer)
+
+
+def _page_aligned(size: int) -> mmap:
+    """Memory of its own pages: what malloc gives starts 16 bytes into one and is written slower."""
+    if sys.platform == "win32":
+        return mmap(-1, size)
+    from mmap import MAP_ANONYMOUS, MAP_PRIVATE
+
+    return mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)
 
 
 def _woven(weave: Weave, sources: Sources, buffer: memoryview) -> Iterator[memoryview]:
