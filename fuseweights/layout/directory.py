@@ -180,9 +180,8 @@ def beside(checkpoint: HFCheckpoint, texts: Mapping[str, str]) -> list[Output]:
     """The other files: JSON with `texts` in place of their own, the rest as they are."""
     if checkpoint.bare:
         return []
-    outputs = [
-        Output(name, (texts.get(name, text).encode(),)) for name, text in checkpoint.texts.items()
-    ]
+    known = {**checkpoint.texts, **texts}
+    outputs = [Output(name, (text.encode(),)) for name, text in known.items()]
     number = len(checkpoint.files)
     for name, file in checkpoint.extras:
         outputs.append(Output(name, (span(number, 0, file.size),)))
