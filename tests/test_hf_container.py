@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import raw_safetensors
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_safetensors import BITS, INDEX, contents, header, layer, pack, there_and_back, write
 from safetensors import SafetensorError, deserialize
 
 import fuseweights
-from fuseweights import CorruptError, FuseweightsError, RefusedError, open_checkpoint
+from fuseweights import CorruptError, FuseweightsError, RefusedError, manifest, open_checkpoint
 from fuseweights.checkpoint import jsontext
 
 RELAXED = settings(
@@ -374,7 +374,7 @@ def gptq(**entries: Any) -> dict[str, Any]:
 BITS4 = {"weights": {"num_bits": 4}}
 STATE = b'{"quant_type": "nf4", "blocksize": 64, "shape": [64, 64]}'
 DIGITS = "9" * 5000
-#: (tensors, config). A `bug` crashes today with the error that it names.
+#: (tensors, config)
 ABSURD: dict[str, tuple[list, dict]] = {
     **{
         f"weight_block_size {value!r}": (
@@ -444,24 +444,14 @@ ABSURD: dict[str, tuple[list, dict]] = {
         layer(0), {"model_type": "llama", "quantization_config": [1]},
     ),
     **{
-        f"{key} {value!r}": (layer(0), quantized(quant_method="fp8", **{key: value}))
+        f"plain, {key} {value!r}": (layer(0), quantized(quant_method="fp8", **{key: value}))
         for key in ("modules_to_not_convert", "ignore", "quantized_layers", "config_groups")
         for value in (3, "x", [3], {"a": 3}, None)
     },
 }  # fmt: skip
-#: What crashes today, and where it should be caught.
-CRASHES: dict[str, str] = {}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, marks=[pytest.mark.xfail(reason=CRASHES[case])] if case in CRASHES else []
-        )
-        for case in ABSURD
-    ],
-)
+@pytest.mark.parametrize("case", ABSURD)
 def test_absurd_configurations_and_companions_crash_nothing(tmp_path, case):
     """Whatever is decided, it is decided: fused and restored, refused, or an error of ours."""
     tensors, config = ABSURD[case]
@@ -474,15 +464,15 @@ def test_absurd_configurations_and_companions_crash_nothing(tmp_path, case):
 
 
 def test_a_name_twice_in_a_long_header_takes_no_time(tmp_path):
-    names = [*range(20_000), 19_999]
+    names = [*range(60_000), 59_999]
     rows = ",".join(f'"{n}":{row(shape=[0], offsets=(0, 0))}' for n in names)
     path = tmp_path / "x.safetensors"
     path.write_bytes(pack([], text="{" + rows + "}"))
     code = "import sys, fuseweights\ntry: fuseweights.open_checkpoint(sys.argv[1])\n"
     code += "except fuseweights.CorruptError as error: print(error)"
     command = [sys.executable, "-c", code, path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "'19999' occurs twice" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    assert "'59999' occurs twice" in done.stdout
 
 
 # --- what lies beside the tensors ---------------------------------------------------------------
@@ -529,9 +519,9 @@ def test_the_hubs_cache_is_read_and_never_written_through(tmp_path):
     assert len(made) == 12 and not any(path.is_symlink() for path in made)
     for dst in (snapshot, snapshot.parent, snapshot.parents[1]):
         with pytest.raises(RefusedError):
-            fuseweights.convert(snapshot, dst)
+            fuseweights.convert(snapshot, dst, sync=False)
         with pytest.raises(FuseweightsError):
-            fuseweights.convert(snapshot, dst, overwrite=True)
+            fuseweights.convert(snapshot, dst, overwrite=True, sync=False)
     assert state_of(snapshot.parents[1]) == before
 
 
@@ -542,10 +532,10 @@ def test_overwriting_another_snapshot_replaces_its_links(tmp_path):
     snapshot, _ = cache(tmp_path / "one", layer(0))
     other, blobs = cache(tmp_path / "two", layer(1))
     before = {**state_of(blobs), **state_of(snapshot.parents[1])}
-    fuseweights.convert(snapshot, other, overwrite=True)
+    fuseweights.convert(snapshot, other, overwrite=True, sync=False)
     assert not any(path.is_symlink() for path in other.rglob("*"))
     assert {**state_of(blobs), **state_of(snapshot.parents[1])} == before
-    fuseweights.unfuse(other, tmp_path / "back")
+    fuseweights.unfuse(other, tmp_path / "back", sync=False)
     assert contents(tmp_path / "back") == contents(snapshot)
 
 
@@ -576,8 +566,8 @@ def test_what_comes_along_and_what_does_not(tmp_path, shards):
     if shards == 1:  # an index left over from before, and its shards
         (src / "model-00001-of-00001.safetensors").write_bytes(b"old")
         (src / INDEX).write_text("old")
-    fuseweights.convert(src, tmp_path / "fused")
-    fuseweights.unfuse(tmp_path / "fused", tmp_path / "back")
+    fuseweights.convert(src, tmp_path / "fused", sync=False)
+    fuseweights.unfuse(tmp_path / "fused", tmp_path / "back", sync=False)
     weights = {path.name for path in src.glob("model*.safetensors")} - {"model.fp16.safetensors"}
     weights -= {"model-00001-of-00001.safetensors"}
     ours = {"config.json", *weights, *([INDEX] if shards > 1 else [])}
@@ -598,7 +588,7 @@ def test_links_that_loop_or_leave(tmp_path):
     (tmp_path / "elsewhere.txt").write_text("elsewhere")
     (src / "notes.txt").symlink_to(tmp_path / "elsewhere.txt")
     os.mkfifo(src / "pipe")
-    plan = fuseweights.convert(src, tmp_path / "fused")
+    plan = fuseweights.convert(src, tmp_path / "fused", sync=False)
     assert [output.name for output in plan.outputs] == [
         "model.safetensors", "config.json", "notes.txt"
     ]  # fmt: skip
@@ -626,7 +616,7 @@ def test_a_bare_file_without_a_config_is_of_no_known_family(tmp_path):
     src = tmp_path / "weights.safetensors"
     src.write_bytes(pack(layer(0)))
     with pytest.raises(RefusedError, match="nothing to fuse") as caught:
-        fuseweights.convert(src, tmp_path / "fused.safetensors")
+        fuseweights.convert(src, tmp_path / "fused.safetensors", sync=False)
     assert {r.reason for r in caught.value.refusals} == {"unknown-architecture"}
 
 
@@ -821,7 +811,7 @@ def directories(draw) -> dict[str, Any]:
         "styles": [
             {
                 "metadata": draw(
-                    st.sampled_from([None, {"format": "pt"}, {"ü": '"', "z": ""}])
+                    st.sampled_from([None, {}, {"format": "pt"}, {"ü": '"', "z": ""}])
                 ),
                 "last": draw(st.booleans()),
                 "order": draw(st.sampled_from(["data", "name", "backwards"])),
@@ -869,8 +859,6 @@ def put(directory: Path, drawn: dict[str, Any]) -> Path:
 def test_random_directories(tmp_path_factory, drawn, consumer):
     directory = tmp_path_factory.mktemp("random")
     src = put(directory / "src", drawn)
-    planned = fuseweights.plan(src, consumer=consumer)
-    assume(planned.outputs[0].name == planned.checkpoint.files[0].path.name)  # LOST_MANIFEST
     try:
         plan = there_and_back(src, directory, consumer=consumer)
     except RefusedError as error:
@@ -879,6 +867,114 @@ def test_random_directories(tmp_path_factory, drawn, consumer):
     merged = [part.name for g in plan.groups for t in g.tensors for part in t.parts]
     assert len(set(merged)) == len(merged)
     assert plan.copied == sum(map(len, drawn["files"])) - len(merged)
+
+
+def test_a_first_file_that_empties_leaves_the_manifest_to_the_next(tmp_path):
+    tensors = layer(0)
+    k_proj = [tensors.pop(2)]
+    plan = there_and_back(write(tmp_path / "src", k_proj, tensors), tmp_path)
+    assert plan.outputs[0].name == raw_safetensors.shard_name(1, 2)
+
+
+def test_metadata_that_is_empty_comes_back(tmp_path):
+    there_and_back(write(tmp_path / "src", layer(0), metadata={}), tmp_path)
+
+
+def test_other_entries_of_the_index_stay(tmp_path):
+    src = sharded(tmp_path / "src")
+    index(lambda found: found.update(origin={"name": "x"}))(src)
+    there_and_back(src, tmp_path)
+    assert json.loads((tmp_path / "fused" / INDEX).read_text())["origin"] == {"name": "x"}
+
+
+@pytest.mark.parametrize("metadata", [[1], 3, "x", {"total_parameters": "5"}, {}, None])
+def test_metadata_of_the_index_that_is_none(tmp_path, metadata):
+    src = sharded(tmp_path / "src")
+    index(lambda found: found.update(metadata=metadata))(src)
+    there_and_back(src, tmp_path)
+
+
+def test_numbers_that_json_lacks(tmp_path):
+    src = write(tmp_path / "src", layer(0))
+    (src / "config.json").write_text('{"model_type": "llama", "a": NaN, "b": -Infinity}')
+    there_and_back(src, tmp_path)
+
+
+def test_a_directory_may_have_any_name(tmp_path):
+    src = write(tmp_path / "src", layer(0))
+    fuseweights.convert(src, tmp_path / "out.gguf", sync=False)
+    assert (tmp_path / "out.gguf" / "config.json").is_file()
+
+
+def forged(fused: Path, change: Callable[[dict], object]) -> None:
+    """Another manifest in a fused directory's first file, with a checksum that fits."""
+    path = sorted(fused.glob("*.safetensors"))[0]
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    rows = json.loads(raw[8:start])
+    claims = json.loads(rows["__metadata__"][manifest.KEY])
+    del claims["sha256"]
+    change(claims)
+    claims["sha256"] = manifest._checksum(claims)
+    rows["__metadata__"][manifest.KEY] = json.dumps(claims)
+    text = json.dumps(rows).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+
+
+def renamed_text(claims: dict, name: str) -> None:
+    claims["texts"][name] = claims["texts"].pop("config.json")
+
+
+FORGED: dict[str, Callable[[dict], object]] = {
+    **{
+        f"{what} {name!r}": (lambda claims, edit=edit, name=name: edit(claims, name))
+        for what, edit in (
+            ("a file", lambda claims, name: claims["files"][0].update(name=name)),
+            ("a text", renamed_text),
+        )
+        for name in ("../evil", "/tmp/evil", "a/b", "..", ".", "", "a\\b", "a\0b", "x" * 5000)
+    },
+    "two files of one name": lambda c: c["files"][1].update(name=c["files"][0]["name"]),
+    "a file too few": lambda claims: claims["files"].pop(),
+    "a part's file": lambda claims: claims["entries"][0]["parts"][0].__setitem__(2, 9),
+    "a part's place": lambda claims: claims["entries"][0]["parts"][0].__setitem__(3, 10**9),
+    "two parts in one place": lambda claims: claims["entries"][0]["parts"].__setitem__(
+        1, claims["entries"][0]["parts"][0]
+    ),
+    "a part's rows": lambda claims: claims["entries"][0]["parts"][0].__setitem__(4, 7),
+    "a part's shape": lambda claims: claims["entries"][0]["parts"][0].__setitem__(1, [1 << 60, 8]),
+    "a merge": lambda claims: claims["entries"][0].update(merge="literal"),
+    "an axis": lambda claims: claims["entries"][0].update(axis=1),
+    "no entries": lambda claims: claims["entries"].clear(),
+    "an entry twice": lambda claims: claims["entries"].append(claims["entries"][0]),
+    "a fused tensor that is not there": lambda c: c["entries"][0].update(name="x"),
+    "another schema": lambda claims: claims.update(schema=2),
+    "files that are none": lambda claims: claims.update(files={}),
+    "texts that are none": lambda claims: claims.update(texts=[1]),
+}
+
+
+@pytest.mark.parametrize("case", FORGED, ids=lambda case: case[:40].replace("\0", "0"))
+def test_a_forged_manifest_writes_nothing(tmp_path, case):
+    fuseweights.convert(sharded(tmp_path / "src"), tmp_path / "fused", sync=False)
+    forged(tmp_path / "fused", FORGED[case])
+    before = {path for path in tmp_path.rglob("*")} | set(Path("/tmp").glob("evil*"))
+    with pytest.raises((CorruptError, RefusedError)) as caught:
+        fuseweights.unfuse(tmp_path / "fused", tmp_path / "back", sync=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 6000
+    assert {path for path in tmp_path.rglob("*")} | set(Path("/tmp").glob("evil*")) == before
+
+
+def test_a_text_that_is_gone_is_missed(tmp_path):
+    """Without its configuration the original cannot come back whole, and that is said."""
+    fuseweights.convert(sharded(tmp_path / "src"), tmp_path / "fused", sync=False)
+    (tmp_path / "fused" / "config.json").unlink()
+    try:
+        plan = fuseweights.unfuse(tmp_path / "fused", tmp_path / "back", sync=False)
+    except CorruptError:
+        return
+    whole = contents(tmp_path / "back") == contents(tmp_path / "src")
+    assert whole or plan.inexact
 
 
 # --- damage -------------------------------------------------------------------------------------
@@ -982,8 +1078,8 @@ def bases(root: Path) -> list[Path]:
         root / "fused-shards",
     ]
     (root / "gptq" / "quantize_config.json").write_text('{"bits": 4, "dynamic": {}}')
-    fuseweights.convert(made[1], made[6])
-    fuseweights.convert(made[0], made[7])
+    fuseweights.convert(made[1], made[6], sync=False)
+    fuseweights.convert(made[0], made[7], sync=False)
     return made
 
 

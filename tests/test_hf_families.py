@@ -129,7 +129,7 @@ def test_family_there_and_back(tmp_path: Path, family: str, shard: int | None) -
     assert (src / INDEX).exists() == bool(shard)
     if not groups:
         with pytest.raises(RefusedError, match="nothing to fuse") as caught:
-            fuseweights.convert(src, tmp_path / "fused")
+            fuseweights.convert(src, tmp_path / "fused", sync=False)
         found = caught.value.refusals
     else:
         plan = there_and_back(src, tmp_path)
@@ -253,7 +253,7 @@ def test_any_prefix(tmp_path: Path, prefix: str) -> None:
 
 
 def test_an_expert_that_is_missing_refuses_all(tmp_path: Path) -> None:
-    """A gap, an end without its partner, or a number that would make a list of billions."""
+    """A gap, an end without its partner, or a number that would make a long list."""
 
     def experts(*numbers: tuple[int, str]) -> list:
         return [
@@ -266,7 +266,7 @@ def test_an_expert_that_is_missing_refuses_all(tmp_path: Path) -> None:
     fine = write(tmp_path / "fine", experts(*whole), config=config)
     assert [group.group for group in fuseweights.plan(fine).groups] == ["experts"]
     for number, numbers in enumerate(
-        [whole[:2] + whole[4:], whole[:-1], whole[2:], [*whole, (10**15, "gate")]]
+        [whole[:2] + whole[4:], whole[:-1], whole[2:], [*whole, (10**8, "gate")]]
     ):
         src = write(tmp_path / str(number), experts(*numbers), config=config)
         plan = fuseweights.plan(src)
@@ -292,8 +292,8 @@ print("MISSING", len(info["missing_keys"]))
 def test_stock_transformers_raises_where_it_would_make_up_weights(tmp_path: Path) -> None:
     """In a process that never imports fuseweights; without our key it loads random weights."""
     src = hf_models.save("llama", tmp_path / "src")
-    fuseweights.convert(src, tmp_path / "fused")
-    fuseweights.convert(src, tmp_path / "keyless")
+    fuseweights.convert(src, tmp_path / "fused", sync=False)
+    fuseweights.convert(src, tmp_path / "keyless", sync=False)
     config = json.loads((tmp_path / "keyless" / "config.json").read_text())
     assert config.pop("fusion_config") == {"fuseweights": True}
     assert config == json.loads((src / "config.json").read_text())
@@ -318,7 +318,7 @@ def test_stacked_experts_are_what_transformers_itself_uses(tmp_path: Path, famil
     from transformers import AutoModelForCausalLM
 
     src = hf_models.save(family, tmp_path / "src")
-    fuseweights.convert(src, tmp_path / "fused", fuse=["experts"])
+    fuseweights.convert(src, tmp_path / "fused", fuse=["experts"], sync=False)
     (tmp_path / "fused" / "config.json").write_bytes((src / "config.json").read_bytes())
     ours, info = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", output_loading_info=True)
     assert not any(info.values()), info

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import hf_formats  # noqa: E402
-from raw_safetensors import there_and_back  # noqa: E402
+from raw_safetensors import there_and_back, write  # noqa: E402
 
 import fuseweights  # noqa: E402
 from fuseweights import RefusedError  # noqa: E402
@@ -72,7 +72,7 @@ def test_refused_by_name(fmt: str, tmp_path: Path) -> None:
     src = saved(fmt, tmp_path / "src")
     for consumer in ("torch", "vllm", "sglang"):
         with pytest.raises(RefusedError, match="nothing to fuse") as caught:
-            fuseweights.convert(src, tmp_path / "fused", consumer=consumer)
+            fuseweights.convert(src, tmp_path / "fused", consumer=consumer, sync=False)
         refusals = caught.value.refusals
         assert {r.reason for r in refusals} == {"format-unsupported"} and len(refusals) == 4
         assert all(REFUSED[fmt] in r.detail for r in refusals)
@@ -86,6 +86,8 @@ def test_format_there_and_back(fmt: str, sharded: bool, tmp_path: Path) -> None:
     plan = there_and_back(src, tmp_path)
     assert Counter(group.group for group in plan.groups) == {"qkv": 2, "gate_up": 2}
     assert not plan.refusals
+    found = fuseweights.verify(src, tmp_path / "fused", values=True)
+    assert found.ok and not found.notes
     old, new = hf_formats.load(src), hf_formats.load(tmp_path / "fused")
     for layer in (0, 1):
         attention = f"model.layers.{layer}.self_attn."
@@ -176,6 +178,39 @@ def test_unequal_scales_become_one_a_row(fmt: str, tmp_path: Path) -> None:
     assert groups.keys() == {"group_0", "group_1"}
 
 
+def test_expanded_scales_keep_the_scheme_of_their_own_group(tmp_path: Path) -> None:
+    src = saved("ct_fp8_tensor_dynamic", tmp_path / "src", unequal="k_proj")
+    config = config_of(src)
+    groups = config[QUANT]["config_groups"]
+    ours = {**groups["group_0"], "targets": [r"re:.*self_attn\..*"]}
+    other = json.loads(json.dumps({**ours, "targets": [r"re:.*mlp\..*"]}))
+    other["weights"] |= {"type": "int", "num_bits": 8}
+    config[QUANT]["config_groups"] = {"a": other, "b": ours}
+    (src / "config.json").write_text(json.dumps(config))
+    fuseweights.convert(src, tmp_path / "fused", sync=False)
+    groups = config_of(tmp_path / "fused")[QUANT]["config_groups"]
+    (added,) = [groups[name] for name in groups.keys() - {"a", "b"}]
+    weights = {**ours["weights"], "strategy": "channel"}
+    assert added == {**ours, "weights": weights, "targets": ["model.layers.0.self_attn.qkv_proj"]}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_layer_of_one_block_has_a_scale_a_block(tmp_path: Path, equal: bool) -> None:
+    tensors = [
+        row
+        for p in "qkv"
+        for name in [f"model.layers.0.self_attn.{p}_proj"]
+        for row in (
+            (f"{name}.weight", "F8_E4M3", (128, 128), None),
+            (f"{name}.weight_scale_inv", "F32", (1, 1), bytes(4) if equal else None),
+        )
+    ]
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {"model_type": "llama", QUANT: quantization}
+    plan = there_and_back(write(tmp_path / "src", tensors, config=config), tmp_path)
+    assert [t.shape for t in plan.groups[0].tensors] == [(384, 128), (3, 1)]
+
+
 # --- the real libraries -------------------------------------------------------------------------
 
 #: Loads on a CPU, and the class of a layer then.
@@ -203,7 +238,7 @@ def test_phi3_computes_from_the_fused_what_llama_does_from_the_parts(
 
     src = saved(fmt, tmp_path / "src", unequal=LOADS[fmt])
     fused = tmp_path / "fused"
-    fuseweights.convert(src, fused)
+    fuseweights.convert(src, fused, sync=False)
     config = config_of(fused)
     assert config.pop("fusion_config") == {"fuseweights": True}
     config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
@@ -281,7 +316,7 @@ LISTED = {
 @pytest.mark.parametrize("fmt", LISTED)
 def test_unquantized_modules_are_listed_by_the_fused_name_too(fmt: str, tmp_path: Path) -> None:
     src = saved(fmt, tmp_path / "src", model="qwen3_5")
-    fuseweights.convert(src, tmp_path / "fused")
+    fuseweights.convert(src, tmp_path / "fused", sync=False)
     for file, *path in LISTED[fmt]:
         before, after = config_of(src, file), config_of(tmp_path / "fused", file)
         for key in path[:-1]:
@@ -294,7 +329,7 @@ def test_unquantized_modules_are_listed_by_the_fused_name_too(fmt: str, tmp_path
 def test_gptqs_rules_hold_for_the_fused_name(fmt: str, tmp_path: Path) -> None:
     """As the engines apply them: the first pattern that matches the fused module's own name."""
     src = saved(fmt, tmp_path / "src", model="qwen3_5")
-    fuseweights.convert(src, tmp_path / "fused")
+    fuseweights.convert(src, tmp_path / "fused", sync=False)
     for file, *path in (("config.json", QUANT), ("quantize_config.json",)):
         before, after = config_of(src, file), config_of(tmp_path / "fused", file)
         for key in path:
@@ -400,6 +435,26 @@ def test_what_names_the_parts_names_the_fused_module(case: str, tmp_path: Path) 
         was = here[path[-1]]
         here[path[-1]] = [*was, *added] if isinstance(added, list) else was | added
     assert after == config
+
+
+def test_what_hqq_skips_is_listed_too(tmp_path: Path) -> None:
+    src = saved("hqq", tmp_path / "src", model="qwen3_5")
+    plan = there_and_back(src, tmp_path)
+    if plan.groups:
+        assert set(BA) <= set(config_of(tmp_path / "fused")[QUANT]["skip_modules"])
+
+
+def test_torchaos_header_speaks_of_the_tensors_that_are_there(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    src = saved("torchao", tmp_path / "src", model="qwen3_5")
+    try:
+        fuseweights.convert(src, tmp_path / "fused", sync=False)
+    except RefusedError:
+        return
+    with safe_open(tmp_path / "fused" / "model.safetensors", "pt") as file:
+        named, stored = json.loads(file.metadata()["tensor_names"]), set(file.keys())
+    assert {name for name in named if "in_proj_" in name and name.endswith("b.weight")} <= stored
 
 
 @pytest.mark.parametrize("consumer", ["torch", "vllm"])
