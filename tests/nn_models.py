@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **chan
     model = getattr(transformers, row.model)(config).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.dim() > 1:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
@@ -38,36 +39,37 @@ def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **chan
     return model.to(dtype).eval()
 
 
-def swap(model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+def swap(model: nn.Module, norms: bool = True) -> tuple[nn.Module, Counter]:
     """A copy of `model` with our modules in place of all that they know, and how many of each."""
-    model, counts = copy.deepcopy(model), {}
-
-    def replace(parent: nn.Module, name: str, module: nn.Module) -> None:
-        setattr(parent, name, module)
-        counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
-
+    model, counts = copy.deepcopy(model), Counter()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            kind = type(child).__name__
-            if hasattr(child, "gate") and hasattr(child, "experts"):
-                try:
-                    replace(parent, name, SparseMoE.from_parts(child))
-                except UsageError:
-                    counts["left"] = counts.get("left", 0) + 1
-            elif (hasattr(child, "down_proj") and hasattr(child, "act_fn") and "MLP" in kind) or kind in ("Glm4MLP", "Phi3MLP"):
-                replace(parent, name, GatedMLP.from_parts(child))
-            elif kind == "Gemma4TextExperts":
-                replace(parent, name, Experts.from_parts(child))
-            elif hasattr(child, "in_proj_qkvz") or hasattr(child, "in_proj_qkv"):
-                replace(parent, name, GatedDeltaNet.from_parts(child))
-            elif "RMSNorm" in kind and "Gated" not in kind and hasattr(child, "weight"):
-                replace(parent, name, RMSNorm.from_parts(child))
-            elif any(hasattr(child, n) for n in ("q_proj", "query", "qkv_proj")):
-                try:
-                    replace(parent, name, FusedAttention.from_parts(child))
-                except UsageError:
-                    counts["left"] = counts.get("left", 0) + 1
+            ours = _ours(child)
+            if ours is None or (ours is RMSNorm and not norms):
+                continue
+            try:
+                setattr(parent, name, ours.from_parts(child))
+                counts[ours.__name__] += 1
+            except UsageError:
+                counts["left"] += 1
     return model, counts
+
+
+def _ours(module: nn.Module) -> type[nn.Module] | None:
+    kind, names = type(module).__name__, dict(module.named_children()).keys()
+    if {"gate", "experts"} <= names:
+        return SparseMoE
+    if {"gate_proj", "up_proj", "down_proj"} <= names or kind in ("Glm4MLP", "Phi3MLP"):
+        return GatedMLP
+    if kind.endswith("Experts"):
+        return Experts
+    if names & {"in_proj_qkvz", "in_proj_qkv"}:
+        return GatedDeltaNet
+    if names & {"q_proj", "query", "qkv_proj"}:
+        return FusedAttention
+    if kind.endswith("RMSNorm") and hasattr(module, "weight"):
+        return RMSNorm
+    return None
 
 
 def distance(a: Tensor, b: Tensor) -> float:

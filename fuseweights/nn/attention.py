@@ -30,7 +30,7 @@ FAMILIES: dict[str, Family] = {
     for names, family in {
         """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text
         qwen3_5_moe_text gemma gemma2 gemma3_text gemma4_text granite olmo2 olmo3 smollm3 phi3
-        glm4_moe starcoder2""": Family(),
+        glm4_moe minimax_m2 starcoder2""": Family(),
         "glm4": Family(rope="glm"),
         "cohere2": Family(rope="pairs", rope_only_sliding=True),
         "gpt_oss": Family(rope="compact"),
@@ -98,7 +98,7 @@ class FusedAttention(nn.Module):
         parts = {n: p for n in names if (p := getattr(old, n, None)) is not None}
         if not hasattr(old, "qkv_proj") and len(parts) < 2:
             raise UsageError(f"layer {old.layer_idx} reads another's keys: nothing to fuse")
-        self = cls(0, 1, 1, head_dim, layer_idx=old.layer_idx, config=config, device="meta")
+        self = cls(1, 1, 1, head_dim, layer_idx=old.layer_idx, config=config, device="meta")
         self.out_name = next((n for n in ("o_proj", "out_proj") if hasattr(old, n)), None)
         if self.out_name != "o_proj":
             del self.o_proj

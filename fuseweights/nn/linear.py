@@ -93,7 +93,7 @@ class FusedLinear(nn.Module):
     ) -> FusedLinear:
         """Around tensors that are fused already, without copying. `in_features` only where the
         weight's shape does not tell it (GGUF blocks)."""
-        self = cls(0, {name: 0 for name in sections}, device="meta")
+        self = cls(1, dict.fromkeys(sections, 1), device="meta")
         self.sections = {name: _sections(part) for name, part in sections.items()}
         format = format or detect(tensors)
         self._hold(tensors, format, in_features or tensors["weight"].shape[1])

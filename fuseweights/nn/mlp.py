@@ -40,7 +40,7 @@ class GatedMLP(nn.Module):
     def from_parts(cls, mlp: nn.Module) -> GatedMLP:
         """From a loaded transformers MLP: gate_proj and up_proj, or a gate_up_proj that the
         architecture itself has (Phi-3, GLM-4); its down_proj is used as it is."""
-        self = cls(0, 0, device="meta")
+        self = cls(1, 1, device="meta")
         self.act = activation_of(
             next(getattr(mlp, name) for name in ("act_fn", "activation_fn") if hasattr(mlp, name))
         )

@@ -40,7 +40,7 @@ class Experts(nn.Module):
     def from_parts(cls, experts: nn.Module) -> Experts:
         """From transformers' stacked experts, sharing their tensors, or from a list of MLPs with
         gate_proj, up_proj and down_proj (or w1, w3 and w2), stacking them."""
-        self = cls(0, 0, 1, device="meta")
+        self = cls(1, 1, 1, device="meta")
         if isinstance(experts, nn.ModuleList):
             names = (
                 (*GATE_UP, "down_proj") if hasattr(experts[0], "gate_proj") else ("w1", "w3", "w2")
@@ -136,7 +136,7 @@ class SparseMoE(nn.Module):
         scores, index)."""
         if not hasattr(moe, "gate") or not hasattr(moe, "experts"):
             raise UsageError(f"{type(moe).__name__} has no gate and experts")
-        self = cls(0, 0, 0, 1, device="meta")
+        self = cls(1, 1, 1, 1, device="meta")
         self.gate, self.experts = moe.gate, Experts.from_parts(moe.experts)
         for name in ("shared_expert", "shared_experts"):
             if getattr(moe, name, None) is not None:
