@@ -72,10 +72,10 @@ class FusedLinear(nn.Module):
         nn.init.kaiming_uniform_(tensors["weight"], a=5**0.5)
         if bias:
             tensors["bias"] = torch.zeros(rows, **like)
-        self._hold(tensors, Plain(), in_features)
+        self._hold(tensors, Plain())
 
-    def _hold(self, tensors: Mapping[str, Tensor], format: Format, in_features: int) -> None:
-        self.in_features, self.format = in_features, format
+    def _hold(self, tensors: Mapping[str, Tensor], format: Format) -> None:
+        self.in_features, self.format = format.width(tensors["weight"]), format
         self.names = tuple(name for name in tensors if name != "bias")
         for name, tensor in tensors.items():
             grad = tensor.is_floating_point() and isinstance(format, Plain)
@@ -85,18 +85,13 @@ class FusedLinear(nn.Module):
 
     @classmethod
     def from_tensors(
-        cls,
-        sections: Parts,
-        tensors: Mapping[str, Tensor],
-        format: Format | None = None,
-        in_features: int | None = None,
+        cls, sections: Parts, tensors: Mapping[str, Tensor], format: Format | None = None
     ) -> FusedLinear:
-        """Around tensors that are fused already, without copying. `in_features` only where the
-        weight's shape does not tell it (GGUF blocks)."""
+        """Around tensors that are fused already, without copying."""
         self = cls(1, dict.fromkeys(sections, 1), device="meta")
         self.sections = {name: _sections(part) for name, part in sections.items()}
         format = format or detect(tensors)
-        self._hold(tensors, format, in_features or tensors["weight"].shape[1])
+        self._hold(tensors, format)
         if (stored := self.weight.shape[0]) != sum(self.rows):
             raise UsageError(f"sections have {sum(self.rows)} rows, the weight has {stored}")
         return self
@@ -125,8 +120,7 @@ class FusedLinear(nn.Module):
             for name, tensor in first.items()
         }
         rows = {name: part["weight"].shape[0] for name, part in tensors.items()}
-        width = next((p.in_features for p in parts.values() if hasattr(p, "in_features")), None)
-        self = cls.from_tensors(sections or rows, fused, kind, width)
+        self = cls.from_tensors(sections or rows, fused, kind)
         self.train(any(getattr(part, "training", False) for part in parts.values()))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(first[name].requires_grad)
@@ -215,7 +209,7 @@ class FusedLinear(nn.Module):
             else torch.cat([tensor.detach()[a // per[name] : b // per[name]] for a, b in ranges])
             for name, tensor in tensors.items()
         }
-        return FusedLinear.from_tensors(local, taken, format, self.in_features)
+        return FusedLinear.from_tensors(local, taken, format)
 
     def extra_repr(self) -> str:
         parts = ", ".join(f"{n}={r}" for n, r in zip(self.sections, self.rows, strict=True))

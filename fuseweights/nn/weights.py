@@ -26,14 +26,20 @@ INPUT_SCALES = ("activation_scale", "input_scale")
 class Format(Protocol):
     @property
     def rows_per(self) -> Mapping[str, int | None]: ...
+    def width(self, weight: Tensor) -> int: ...
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor: ...
     def by_row(self, tensors: Tensors) -> tuple[Format, dict[str, Tensor]]:
         """The same values with every tensor told by rows, so that any rows can be taken."""
         ...
 
 
+class _WidthAsStored:
+    def width(self, weight: Tensor) -> int:
+        return weight.shape[1]
+
+
 @dataclass(frozen=True)
-class Plain:
+class Plain(_WidthAsStored):
     """`weight` [N, K] in float64, float32, float16 or bfloat16."""
 
     rows_per: ClassVar[Mapping[str, int | None]] = {"weight": 1}
@@ -46,7 +52,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(_WidthAsStored):
     """`weight` [N, K] in FP8 or INT8 and a scale for every `rows` × `columns` of it, None for all:
     (128, 128) is DeepSeek's block FP8, (1, None) a scale a row, (None, None) one a layer.
 
@@ -101,6 +107,12 @@ class GGUFBlocks:
     type: int
     rows_per: ClassVar[Mapping[str, int | None]] = {"weight": 1}
 
+    def width(self, weight: Tensor) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.type)]
+        return weight.shape[1] // size * weights
+
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         return _dequantize_gguf(tensors["weight"], self.type).to(dtype)
 
@@ -119,14 +131,8 @@ def _dequantize_gguf(blocks: Tensor, type: int) -> Tensor:
 
 @_dequantize_gguf.register_fake
 def _(blocks: Tensor, type: int) -> Tensor:
-    return blocks.new_empty(blocks.shape[0], gguf_columns(blocks.shape[1], type), dtype=torch.float)
-
-
-def gguf_columns(row_bytes: int, type: int) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(type)]
-    return row_bytes // size * weights
+    columns = GGUFBlocks(type).width(blocks)
+    return blocks.new_empty(blocks.shape[0], columns, dtype=torch.float32)
 
 
 def detect(tensors: Tensors, block: tuple[int, int] = (128, 128)) -> Format:
