@@ -295,7 +295,7 @@ def delta_chunks(
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, H, n] → [B, H, chunks, size, n]
         x = F.pad(x.transpose(1, 2), (0, 0, 0, -tokens % size))
-        return x.unflatten(2, (-1, size))
+        return x.unflatten(2, (-1, size)).contiguous()
 
     q, k, v, beta = (chunked(t) for t in (q * q.shape[-1] ** -0.5, k, v, beta))
     decay = chunked(g[..., None]).cumsum(-2)
