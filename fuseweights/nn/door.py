@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.abc
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,6 +165,29 @@ def _rows(sizes: tuple[int, ...], whole: Any, suffix: str) -> list[int] | None:
 BOUNDARY = r"(?<!\w)"
 
 
+class Gate:
+    """A conversion's pattern for names in a checkpoint, which a model that is not fused must not
+    follow: transformers keeps conversions for every later model of the same type. It copies them
+    for each model that it has just constructed, and the copy matches only if that one is fused."""
+
+    def __init__(self, pattern: re.Pattern, is_open: bool | None = None):
+        self.pattern, self.is_open = pattern, is_open
+
+    def __deepcopy__(self, memo: dict) -> Gate:
+        fused = getattr(_CONSTRUCTED, "fused", True)
+        return Gate(self.pattern, fused if self.is_open is None else self.is_open)
+
+    def search(self, name: str) -> re.Match | None:
+        return None if self.is_open is False else self.pattern.search(name)
+
+    @property
+    def groupindex(self) -> Mapping[str, int]:
+        return self.pattern.groupindex
+
+
+_CONSTRUCTED = threading.local()  # .fused: whether this thread's last layer of a known class is
+
+
 def converters(rules: Sequence[Rule]) -> list:
     """transformers' weight conversions: parts → fused when a split directory is loaded, back when
     a model is saved. They count as used so that saving gives the original format by default."""
@@ -174,17 +198,19 @@ def converters(rules: Sequence[Rule]) -> list:
         parts = [BOUNDARY + re.escape(part) for part in rule.parts]
         converter = WeightConverter(parts, BOUNDARY + re.escape(rule.fused), [Stack()])
         converter._was_used = True
+        converter.compiled_sources = Gate(converter.compiled_sources)
         found.append(converter)
     return found
 
 
-def set_conversions(model: Any) -> None:
-    """Make `save_pretrained` of `model`, and of the models inside it, write the parts."""
+def set_conversions(model: Any, *, original: bool = False) -> None:
+    """Make `save_pretrained` of `model`, and of the models inside it, write the parts. `original`
+    also gives back what transformers itself stacks, even where the checkpoint had it stacked."""
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
+    from transformers.core_model_loading import PrefixChange, WeightConverter
 
     from .patch import _products
 
@@ -192,14 +218,17 @@ def set_conversions(model: Any) -> None:
         if not isinstance(inner, PreTrainedModel):
             continue
         rules = list(dict.fromkeys(product.rule for _, product in _products(inner)))
-        known = getattr(inner, "_weight_conversions", None)
-        if known is None:
-            if not rules:
-                continue
-            known = get_model_conversion_mapping(inner, add_legacy=False)
-            known = [c for c in known if not isinstance(c, PrefixChange)]  # as transformers does
-        others = [c for c in known if not _is_ours(c)]
-        inner._weight_conversions = [*others, *converters(rules)]
+        used = getattr(inner, "_weight_conversions", None)
+        if used is None and not rules:
+            continue
+        if used is None or original:
+            usual = get_model_conversion_mapping(inner, add_legacy=False)
+            if used is None:  # as transformers does
+                used = [c for c in usual if not isinstance(c, PrefixChange)]
+            have = {tuple(c._original_source_patterns) for c in used}
+            usual = [c for c in usual if isinstance(c, WeightConverter)]
+            used = [*used, *(c for c in usual if tuple(c._original_source_patterns) not in have)]
+        inner._weight_conversions = [*(c for c in used if not _is_ours(c)), *converters(rules)]
 
 
 def _is_ours(conversion: Any) -> bool:
@@ -221,9 +250,9 @@ class _Specification:
         from torch import nn
 
         from ..rules.families import FAMILIES
-        from .patch import _at
+        from .patch import MODULES, _at
 
-        rules = {rule for rules in FAMILIES.values() for rule in rules}
+        rules = {rule for rules in (*FAMILIES.values(), *MODULES.values()) for rule in rules}
         return any(
             all(isinstance(_at(module, part), nn.Linear) for part in rule.parts) for rule in rules
         )
@@ -244,11 +273,21 @@ class _Specification:
         return fusing(original.__name__, (original,), {"__init__": __init__, **names})
 
     def make_transforms(self, config: Any) -> list:
-        from .patch import rules_of
+        from transformers.core_model_loading import WeightRenaming
+
+        from .patch import DISK_NAMES, rules_of
 
         _anchor_names()
-        _mark(config)
-        return converters(rules_of(config.model_type))
+        skip = _mark(config)
+        skipped = {path for path, _, _ in (entry.rpartition(":") for entry in skip)}
+        rules = rules_of(config.model_type)
+        # a tensor may belong to one conversion only: the first choice, or what stands in for it
+        seconds = {group for r in rules if r.fused not in skipped for group in r.instead}
+        rules = [r for r in rules if r.group not in seconds and not (r.instead and r.fused in skipped)]
+        renamings = DISK_NAMES.get(config.model_type, ())
+        transforms = [WeightRenaming(*names) for names in renamings] + converters(rules)
+        _register_elsewhere(config, transforms)
+        return transforms
 
 
 _SPEC = _Specification()
@@ -269,15 +308,38 @@ def _anchor_names() -> None:
             register_patch_mapping({f"^{name}$": replacement}, overwrite=True)
 
 
-def _mark(config: Any) -> None:
+def _register_elsewhere(config: Any, transforms: Sequence) -> None:
+    """transformers registers conversions for the model type of the class. It does not look there
+    when the configuration has another type, or when conversions are known for the class itself."""
+    import transformers
+    from transformers import conversion_mapping, fusion_mapping
+
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    sources = {tuple(t.source_patterns) for t in transforms}
+    family = type(config).__name__.removesuffix("Config")
+    known("legacy")  # builds the cache
+    named = [n for n in conversion_mapping._checkpoint_conversion_mapping_cache if family in n]
+    classes = {name: getattr(transformers, name, None) for name in named}
+    own = {n for n, c in classes.items() if getattr(c, "config_class", None) is type(config)}
+    for name in {config.model_type, *own}:
+        others = [t for t in known(name) or () if tuple(t.source_patterns) not in sources]
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            name, [*others, *transforms], overwrite=True
+        )
+        # so that transformers replaces them when this is where it registers them itself
+        fusion_mapping._REGISTERED_FUSION_SOURCE_PATTERNS[(name, OURS)] = sources
+
+
+def _mark(config: Any) -> list[str]:
     """Tell the configurations inside `config`, which layers are built from, what is to be fused,
-    and what is not because the checkpoint has it otherwise."""
+    and what is not because the checkpoint has it otherwise: returned."""
     options: dict[str, Any] = {"family": config.model_type}
     if skip := sorted(set(_not_as_usual(config))):
         options["skip"] = skip
         getattr(config, FUSION)[OURS] = options
     for inner in _inner_configs(config):
         setattr(inner, FUSION, {OURS: options})
+    return skip
 
 
 def _inner_configs(config: Any) -> Iterator[Any]:
@@ -341,6 +403,7 @@ def _fuse_constructed(layer: Any, args: Sequence, kwargs: Mapping[str, Any]) -> 
 
     given = (*args, *kwargs.values())
     options = next((o for o in map(_options, given) if o), None)
+    _CONSTRUCTED.fused = options is not None
     if options is None:
         return
     number = next((n for n in given if type(n) is int), None)
@@ -360,8 +423,7 @@ def _options(config: Any) -> dict[str, Any] | None:
 def save_pretrained(model: Any, directory: Any, *, fused: bool = False, **options: Any) -> None:
     """Write a transformers model, fused or not, split (what the unfused model would write, to the
     byte) or as a fused directory that `unfuse` takes back to exactly that."""
-    set_conversions(model)
-    with _unmarked(model.config):
+    with _as_original(model):
         if not fused:
             model.save_pretrained(directory, **options)
             return
@@ -375,19 +437,22 @@ def save_pretrained(model: Any, directory: Any, *, fused: bool = False, **option
 
 
 @contextmanager
-def _unmarked(config: Any) -> Iterator[None]:
-    """Without our entry in fusion_config, here and in the configurations inside."""
-    kept = []
-    for each in (config, *_inner_configs(config)):
-        fusion = getattr(each, FUSION, None)
+def _as_original(model: Any) -> Iterator[None]:
+    """With conversions that give back the original format, and without our entry in fusion_config,
+    here and in the configurations inside."""
+    key = "_weight_conversions"
+    changed = [(m, key, m.__dict__[key]) for m in model.modules() if key in m.__dict__]
+    set_conversions(model, original=True)
+    for config in (model.config, *_inner_configs(model.config)):
+        fusion = getattr(config, FUSION, None)
         if isinstance(fusion, Mapping) and OURS in fusion:
-            kept.append((each, fusion))
-            if others := {key: value for key, value in fusion.items() if key != OURS}:
-                setattr(each, FUSION, others)
+            changed.append((config, FUSION, fusion))
+            if others := {name: value for name, value in fusion.items() if name != OURS}:
+                setattr(config, FUSION, others)
             else:
-                delattr(each, FUSION)
+                delattr(config, FUSION)
     try:
         yield
     finally:
-        for each, fusion in kept:
-            setattr(each, FUSION, fusion)
+        for holder, name, value in changed:
+            setattr(holder, name, value)

@@ -22,6 +22,12 @@ from ..planner import Refusal
 from ..rules.families import ATTENTION, FAMILIES, MLP
 from ..rules.groups import Rule
 
+# Where transformers' modules are not called what the disk calls them: the rules for the modules,
+# and fused names, on disk and in the model.
+_VIT = tuple(f"attention.{part}_proj" for part in "qkv")
+MODULES = {"vit": (Rule("qkv", _VIT, "attention.qkv_proj"),)}
+DISK_NAMES = {"vit": ((r"attention\.attention\.qkv_proj", r"attention\.qkv_proj"),)}
+
 
 @dataclass(frozen=True, slots=True)
 class Patched:
@@ -94,12 +100,18 @@ class Section(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.product.fused().weight[self.begin : self.end]
+        return self._of(self.product.fused().weight)
 
     @property
     def bias(self) -> Tensor | None:
         bias = self.product.fused().bias
-        return None if bias is None else bias[self.begin : self.end]
+        return None if bias is None else self._of(bias)
+
+    def _of(self, whole: Tensor) -> Tensor:
+        rows = whole[self.begin : self.end]
+        # transformers initializes whatever has not this mark, through attributes like these
+        rows._is_hf_initialized = getattr(whole, "_is_hf_initialized", False)
+        return rows
 
     @property
     def in_features(self) -> int:
@@ -160,7 +172,8 @@ def family_of(model: nn.Module) -> str:
 
 def rules_of(family: str) -> tuple[Rule, ...]:
     """The rules for a family's modules; stacked experts are the model's own form already."""
-    return tuple(r for r in FAMILIES.get(family, (ATTENTION, MLP)) if not r.per_expert)
+    rules = MODULES.get(family) or FAMILIES.get(family, (ATTENTION, MLP))
+    return tuple(rule for rule in rules if not rule.per_expert)
 
 
 def fuse_layer(
