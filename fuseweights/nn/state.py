@@ -58,7 +58,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     def place(name: str, tensor: Tensor) -> None:
         wanted.add(name)
         given = state.get(name)
-        if given is None:
+        if tensor.is_meta:
+            problems.append(f"{name} has no memory here yet (meta device)")
+        elif given is None:
             problems.append(f"{name} is missing")
         elif given.shape != tensor.shape:
             problems.append(f"{name} has shape {list(given.shape)}, not {list(tensor.shape)}")
