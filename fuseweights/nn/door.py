@@ -131,7 +131,9 @@ class Unstack:
         except AttributeError:
             section = None
         if not isinstance(section, Section):
-            fused = next(iter(input_dict)).replace("\\", "").removeprefix(BOUNDARY.replace("\\", ""))
+            fused = (
+                next(iter(input_dict)).replace("\\", "").removeprefix(BOUNDARY.replace("\\", ""))
+            )
             return {full_layer_name.replace(target_patterns[0], fused): whole}
         rows = _rows(section.product.sizes, whole, suffix)
         if rows is None:
@@ -150,7 +152,7 @@ class Unstack:
 
 def _rows(sizes: tuple[int, ...], whole: Any, suffix: str) -> list[int] | None:
     """How many rows of a tensor belong to each part; None when that cannot be told."""
-    if suffix not in BY_ROWS or not whole.dtype.is_floating_point and suffix != "weight":
+    if suffix not in BY_ROWS or (not whole.dtype.is_floating_point and suffix != "weight"):
         return None
     total, rows = sum(sizes), len(whole) if whole.ndim else 0
     if rows == total:
@@ -226,8 +228,16 @@ def set_conversions(model: Any, *, original: bool = False) -> None:
             if used is None:  # as transformers does
                 used = [c for c in usual if not isinstance(c, PrefixChange)]
             have = {tuple(c._original_source_patterns) for c in used}
-            usual = [c for c in usual if isinstance(c, WeightConverter)]
-            used = [*used, *(c for c in usual if tuple(c._original_source_patterns) not in have)]
+            parts = " ".join(part for rule in rules for part in rule.parts)
+            used = [
+                *used,
+                *(
+                    c
+                    for c in usual
+                    if tuple(c._original_source_patterns) not in have
+                    and (isinstance(c, WeightConverter) or c._original_target_patterns[0] in parts)
+                ),
+            ]
         inner._weight_conversions = [*(c for c in used if not _is_ours(c)), *converters(rules)]
 
 
@@ -283,7 +293,9 @@ class _Specification:
         rules = rules_of(config.model_type)
         # a tensor may belong to one conversion only: the first choice, or what stands in for it
         seconds = {group for r in rules if r.fused not in skipped for group in r.instead}
-        rules = [r for r in rules if r.group not in seconds and not (r.instead and r.fused in skipped)]
+        rules = [
+            r for r in rules if r.group not in seconds and not (r.instead and r.fused in skipped)
+        ]
         renamings = DISK_NAMES.get(config.model_type, ())
         transforms = [WeightRenaming(*names) for names in renamings] + converters(rules)
         _register_elsewhere(config, transforms)

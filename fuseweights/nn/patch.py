@@ -242,7 +242,10 @@ def _not_plain(part: nn.Module) -> tuple[str, str] | None:
         return "adapter", "is wrapped by an adapter: merge it first, or fuse before adding it"
     kind = type(part)
     if kind is not nn.Linear or part._parameters.keys() != {"weight", "bias"} or part._buffers:
-        return "format-unsupported", f"is a {kind.__module__}.{kind.__name__}, no plain linear layer"
+        return (
+            "format-unsupported",
+            f"is a {kind.__module__}.{kind.__name__}, no plain linear layer",
+        )
     if any(type(p) is not nn.Parameter or type(p.data) is not Tensor for p in part.parameters()):
         return "format-unsupported", "does not hold plain tensors"
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
@@ -267,7 +270,9 @@ def _storage(tensor: Tensor) -> int:
 
 def _shared_storages(model: nn.Module) -> frozenset[int]:
     """Storages that more than one name in `model` uses; only for use while its tensors live."""
-    uses = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False) if p.numel())
+    uses = Counter(
+        _storage(p) for _, p in model.named_parameters(remove_duplicate=False) if p.numel()
+    )
     return frozenset(storage for storage, count in uses.items() if count > 1)
 
 
