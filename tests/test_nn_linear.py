@@ -107,6 +107,20 @@ def test_fp8_blocks(rows, scale_dtype):
             assert all(torch.equal(t.float(), parts[name][n].float()) for n, t in tensors.items())
 
 
+def test_transformers_own_fp8_layers():
+    finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    parts = {}
+    for name, rows in (("gate_proj", 256), ("up_proj", 200)):
+        parts[name] = finegrained.FP8Linear(300, rows, block_size=(128, 128))
+        for key, value in fp8_block(rows, 300).items():
+            setattr(parts[name], key, nn.Parameter(value, requires_grad=False))
+    fused = FusedLinear.from_parts(parts)
+    assert fused.format == Scaled(128, 128, "weight_scale_inv") and fused.bias is None
+    want = torch.cat([by_hand(dict(part.named_parameters())) for part in parts.values()])
+    x = torch.randn(2, 300)
+    assert torch.equal(fused(x), nn.functional.linear(x, want))
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_fp8_by_layer(equal):
     """One scale stays one if the parts agree to the bit, else every row gets its part's."""

@@ -39,7 +39,6 @@ def test_names_are_the_fused_checkpoints(family, tmp_path):
     """convert's file loads into our modules as it is, the split file too, and the un-fused state
     dict is the split file."""
     source, fused = save(family, tmp_path / "split"), tmp_path / "fused"
-    plan = fuseweights.plan(source)
     fuseweights.convert(source, fused)
     split, whole = (load_file(path / "model.safetensors") for path in (source, fused))
     model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
@@ -49,7 +48,8 @@ def test_names_are_the_fused_checkpoints(family, tmp_path):
         want = ours(ids).logits
     missing = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     names = ours.state_dict().keys()
-    assert plan.groups and all(any(group.fused in name for name in names) for group in plan.groups)
+    new = whole.keys() - split.keys()
+    assert new and new <= names
     # experts' down projections and what an architecture fuses by itself come either way
     known = split_state(ours) | ours.state_dict()
     assert whole.keys() <= known.keys()
@@ -57,6 +57,8 @@ def test_names_are_the_fused_checkpoints(family, tmp_path):
         assert torch.equal(known[name], tensor)
     for state in (whole, split):
         forget(ours)
+        # transformers keeps some routers' corrections in float32
+        state = {name: tensor.to(known[name].dtype) for name, tensor in state.items()}
         tied = {name: state["model.embed_tokens.weight"] for name in missing}
         load_state(ours, state | tied)
         with torch.no_grad():
