@@ -192,9 +192,25 @@ def test_every_disagreement_in_one_error():
     with pytest.raises(UsageError) as error:
         FusedLinear.from_parts(parts)
     text = str(error.value)
-    assert "input size: q_proj has 48, k_proj has 40" in text
-    assert "k_proj has weight" in text
-    assert "dtype of weight: q_proj has float32, v_proj has float16" in text
+    assert "input size: q_proj has 48, k_proj has 40, v_proj has 48" in text
+    assert "tensors: q_proj has bias + weight, k_proj has weight" in text
+    assert "dtype of weight: q_proj has float32, k_proj has float32, v_proj has float16" in text
+    assert "dtype of bias: q_proj has float32, v_proj has float16" in text
+
+
+def test_unequal_static_input_scales_are_refused():
+    parts = {
+        name: {
+            "weight": torch.randn(32, 16).to(E4M3),
+            "weight_scale": torch.tensor([0.5]),
+            "input_scale": torch.tensor([scale]),
+        }
+        for name, scale in (("gate_proj", 0.5), ("up_proj", 0.25))
+    }
+    with pytest.raises(UsageError, match=r"input_scale: gate_proj has 0\.5, up_proj has 0\.25"):
+        FusedLinear.from_parts(parts)
+    parts["up_proj"]["input_scale"] = parts["gate_proj"]["input_scale"].clone()
+    assert FusedLinear.from_parts(parts).input_scale.item() == 0.5
 
 
 def test_unknown_storage_is_refused():

@@ -100,6 +100,23 @@ def test_a_norm_that_is_none_is_refused():
         RMSNorm.from_parts(nn.LayerNorm(16))
 
 
+# Attention
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_without_a_model_is_causal(window):
+    """Made from sizes alone, a call without a mask sees the past only, within the window."""
+    fused = FusedAttention(64, 4, 2, 16, rope=None, sliding_window=window).double()
+    x = torch.randn(1, 7, 64, dtype=torch.float64)
+    q, k, v = (
+        t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in fused.qkv_proj(x).split((64, 32, 32), -1)
+    )
+    at = torch.arange(7)
+    mask = (at <= at[:, None]) & (at > at[:, None] - (window or 99))
+    want = nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert distance(fused(x)[0], fused.o_proj(want.transpose(1, 2).flatten(-2))) <= 1e-12
+
+
 # Gated DeltaNet
 
 

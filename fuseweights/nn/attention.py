@@ -47,7 +47,8 @@ class FusedAttention(nn.Module):
     (OLMo 2), `v_norm` has no weight (Gemma 4). Without v rows, v is k (Gemma 4's k_eq_v).
 
     The cache is transformers' (`update(k, v, layer_idx)`), attention runs through its registry by
-    `config._attn_implementation`; without a config, eagerly.
+    `config._attn_implementation`, with the mask that the model makes; without a config eagerly, and
+    causal where no mask is given.
     """
 
     def __init__(
@@ -175,6 +176,8 @@ class FusedAttention(nn.Module):
         if self.shares_kv_as is not None:
             shared_kv_states[self.shares_kv_as] = k, v
 
+        if self.config is None and attention_mask is None and self.is_causal:
+            attention_mask = ops.causal_mask(q, k, self.sliding_window)
         extra = {"softcap": self.softcap} if self.softcap is not None else {}
         if self.sinks is not None:
             extra["s_aux"] = self.sinks

@@ -106,8 +106,8 @@ class FusedLinear(nn.Module):
         """Stack loaded layers (or their tensors). Values are kept exactly; scales of FP8 and INT8
         layers that cannot share blocks, or a single number, become one a row."""
         tensors = {name: _tensors(part) for name, part in parts.items()}
-        blocks = {getattr(p, "block_size", None) or (128, 128) for p in parts.values()}
-        formats = {n: format or detect(t, tuple(min(blocks))) for n, t in tensors.items()}
+        blocks = {n: getattr(part, "block_size", None) or (128, 128) for n, part in parts.items()}
+        formats = {n: format or detect(t, tuple(blocks[n])) for n, t in tensors.items()}
         _check_alike(tensors, formats)
         if not _stackable(tensors, formats):
             for name in parts:
@@ -228,29 +228,23 @@ def _tensors(part: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_alike(tensors: Mapping[str, Mapping[str, Tensor]], formats: Mapping[str, Format]):
     """One error that lists everything in which the parts disagree."""
-    problems, first = [], next(iter(tensors))
+    problems = []
 
     def differ(what: str, of: Mapping[str, Any]) -> None:
-        odd = [f"{name} has {value}" for name, value in of.items() if value != of[first]]
-        if odd:
-            problems.append(f"{what}: {first} has {of[first]}, {', '.join(odd)}")
+        if len(set(of.values())) > 1:
+            problems.append(f"{what}: " + ", ".join(f"{part} has {v}" for part, v in of.items()))
 
-    differ("tensors", {n: " + ".join(sorted(t)) for n, t in tensors.items()})
-    differ("format", {n: str(f) for n, f in formats.items()})
-    differ("input size", {n: t["weight"].shape[1] for n, t in tensors.items()})
-    for name, kind in formats[first].rows_per.items():
-        held = {n: t[name] for n, t in tensors.items() if name in t}
-        differ(
-            f"dtype of {name}", {n: str(t.dtype).removeprefix("torch.") for n, t in held.items()}
-        )
-        scale = name in (getattr(formats[first], k, None) for k in ("scale", "zero_point"))
-        if (
-            kind is None
-            and not scale
-            and any(not torch.equal(t, held[first]) for t in held.values())
-        ):
-            problems.append(f"{name} is one for the whole layer and the parts' differ")
-    differ("device", {n: str(t["weight"].device) for n, t in tensors.items()})
+    differ("tensors", {part: " + ".join(sorted(t)) for part, t in tensors.items()})
+    differ("format", {part: str(format) for part, format in formats.items()})
+    differ("input size", {part: t["weight"].shape[1] for part, t in tensors.items()})
+    differ("device", {part: str(t["weight"].device) for part, t in tensors.items()})
+    kind = next(iter(formats.values()))
+    for name, per in {**kind.rows_per, "bias": 1}.items():
+        held = {part: t[name] for part, t in tensors.items() if name in t}
+        dtypes = {part: str(t.dtype).removeprefix("torch.") for part, t in held.items()}
+        differ(f"dtype of {name}", dtypes)
+        if per is None and name in getattr(kind, "carried", ()):
+            differ(name, {part: t.item() for part, t in held.items()})
     if problems:
         raise UsageError("these layers do not stack exactly: " + "; ".join(problems))
 

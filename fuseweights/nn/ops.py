@@ -200,6 +200,15 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rope: Rope = "halves"
     return _rotate(q, cos, sin, rope), _rotate(k, cos, sin, rope)
 
 
+def causal_mask(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Additive mask [T, S] for the last T of S tokens: the past, at most `window` tokens of it."""
+    tokens, seen = query.shape[2], key.shape[2]
+    at = torch.arange(seen, device=query.device)
+    behind = at[seen - tokens :, None] - at
+    allowed = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    return query.new_zeros(tokens, seen).masked_fill(~allowed, float("-inf"))
+
+
 def eager_attention(
     module: torch.nn.Module,
     query: Tensor,
