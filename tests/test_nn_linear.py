@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
 from nn_models import distance  # noqa: E402
 from torch import nn  # noqa: E402
