@@ -14,8 +14,9 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -93,8 +94,7 @@ class Stack:
         suffix = full_layer_name.rpartition(".")[2]
         if suffix not in ("weight", "bias") or not parts[0].dtype.is_floating_point:
             raise ValueError(
-                f"{full_layer_name}: quantized layers are fused by `fuseweights convert`, not while "
-                "loading"
+                f"{full_layer_name}: `fuseweights convert` fuses quantized layers, loading does not"
             )
         first = parts[0]
         whole = first.new_empty(sum(map(len, parts)), *first.shape[1:])
@@ -167,24 +167,23 @@ def _rows(sizes: tuple[int, ...], whole: Any, suffix: str) -> list[int] | None:
 BOUNDARY = r"(?<!\w)"
 
 
-class Gate:
-    """A conversion's pattern for names in a checkpoint, which a model that is not fused must not
-    follow: transformers keeps conversions for every later model of the same type. It copies them
-    for each model that it has just constructed, and the copy matches only if that one is fused."""
+class Conversions(list):
+    """What transformers registers for a model type, the last `ours` of them for fused models only.
+    It keeps them for every model of that type and copies them once it has constructed one: a copy
+    for a model that is not fused goes without them."""
 
-    def __init__(self, pattern: re.Pattern, is_open: bool | None = None):
-        self.pattern, self.is_open = pattern, is_open
+    def __init__(self, others: Iterable, ours: Sequence):
+        super().__init__([*others, *ours])
+        self.ours = len(ours)
 
-    def __deepcopy__(self, memo: dict) -> Gate:
+    def __radd__(self, others: list) -> Conversions:
+        begin = len(self) - self.ours
+        return Conversions([*others, *self[:begin]], self[begin:])
+
+    def __deepcopy__(self, memo: dict) -> list:
         fused = getattr(_CONSTRUCTED, "fused", True)
-        return Gate(self.pattern, fused if self.is_open is None else self.is_open)
-
-    def search(self, name: str) -> re.Match | None:
-        return None if self.is_open is False else self.pattern.search(name)
-
-    @property
-    def groupindex(self) -> Mapping[str, int]:
-        return self.pattern.groupindex
+        kept = self if fused else self[: len(self) - self.ours]
+        return [deepcopy(conversion, memo) for conversion in kept]
 
 
 _CONSTRUCTED = threading.local()  # .fused: whether this thread's last layer of a known class is
@@ -200,7 +199,6 @@ def converters(rules: Sequence[Rule]) -> list:
         parts = [BOUNDARY + re.escape(part) for part in rule.parts]
         converter = WeightConverter(parts, BOUNDARY + re.escape(rule.fused), [Stack()])
         converter._was_used = True
-        converter.compiled_sources = Gate(converter.compiled_sources)
         found.append(converter)
     return found
 
@@ -289,17 +287,21 @@ class _Specification:
 
         _anchor_names()
         skip = _mark(config)
-        skipped = {path for path, _, _ in (entry.rpartition(":") for entry in skip)}
-        rules = rules_of(config.model_type)
-        # a tensor may belong to one conversion only: the first choice, or what stands in for it
-        seconds = {group for r in rules if r.fused not in skipped for group in r.instead}
-        rules = [
-            r for r in rules if r.group not in seconds and not (r.instead and r.fused in skipped)
-        ]
         renamings = DISK_NAMES.get(config.model_type, ())
-        transforms = [WeightRenaming(*names) for names in renamings] + converters(rules)
-        _register_elsewhere(config, transforms)
-        return transforms
+        ours = [WeightRenaming(*names) for names in renamings]
+        if getattr(config, "quantization_config", None) is None:
+            skipped = {path for path, _, _ in (entry.rpartition(":") for entry in skip)}
+            ours += converters(_one_each(rules_of(config.model_type), skipped))
+        _register_elsewhere(config, ours)
+        return Conversions([], ours)
+
+
+def _one_each(rules: Iterable[Rule], skipped: Collection[str]) -> list[Rule]:
+    """A tensor may belong to one conversion only: of rules that stand in for each other the first,
+    or where that is skipped what stands in for it."""
+    first = [rule for rule in rules if not (rule.instead and rule.fused in skipped)]
+    seconds = {group for rule in first for group in rule.instead}
+    return [rule for rule in first if rule.group not in seconds]
 
 
 _SPEC = _Specification()
@@ -320,26 +322,27 @@ def _anchor_names() -> None:
             register_patch_mapping({f"^{name}$": replacement}, overwrite=True)
 
 
-def _register_elsewhere(config: Any, transforms: Sequence) -> None:
+def _register_elsewhere(config: Any, ours: Sequence) -> None:
     """transformers registers conversions for the model type of the class. It does not look there
     when the configuration has another type, or when conversions are known for the class itself."""
     import transformers
     from transformers import conversion_mapping, fusion_mapping
 
     known = conversion_mapping.get_checkpoint_conversion_mapping
-    sources = {tuple(t.source_patterns) for t in transforms}
+    registered = fusion_mapping._REGISTERED_FUSION_SOURCE_PATTERNS
     family = type(config).__name__.removesuffix("Config")
     known("legacy")  # builds the cache
     named = [n for n in conversion_mapping._checkpoint_conversion_mapping_cache if family in n]
     classes = {name: getattr(transformers, name, None) for name in named}
     own = {n for n, c in classes.items() if getattr(c, "config_class", None) is type(config)}
     for name in {config.model_type, *own}:
-        others = [t for t in known(name) or () if tuple(t.source_patterns) not in sources]
+        before = registered.get((name, OURS), ())
+        others = [t for t in known(name) or () if tuple(t.source_patterns) not in before]
         conversion_mapping.register_checkpoint_conversion_mapping(
-            name, [*others, *transforms], overwrite=True
+            name, Conversions(others, ours), overwrite=True
         )
         # so that transformers replaces them when this is where it registers them itself
-        fusion_mapping._REGISTERED_FUSION_SOURCE_PATTERNS[(name, OURS)] = sources
+        registered[(name, OURS)] = {tuple(t.source_patterns) for t in ours}
 
 
 def _mark(config: Any) -> list[str]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..api import open_checkpoint
 from ..checkpoint.pieces import Piece, Sources, Weave, piece_size, stream
-from ..errors import FuseweightsError
 from ..layout import read_manifest
 from ..planner import decide
+from .state import StateDictError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,14 +25,6 @@ DTYPES = {
 }  # fmt: skip
 
 
-class KeysError(FuseweightsError):
-    """A state dict does not fit a model. `problems` maps each key to what is wrong with it."""
-
-    def __init__(self, message: str, problems: Mapping[str, str]):
-        super().__init__(f"{message}:\n" + "\n".join(f"  {k}: {v}" for k, v in problems.items()))
-        self.problems = dict(problems)
-
-
 def load_state_dict(
     path: str | PathLike[str], *, fuse: bool = True, like: nn.Module | Mapping | None = None
 ) -> dict[str, Tensor]:
@@ -40,7 +32,7 @@ def load_state_dict(
 
     With `fuse` what stacks exactly comes as one tensor under its fused name; a checkpoint that is
     fused already comes as it is. Types that torch lacks (GGUF blocks) come as bytes, a row each.
-    `like`, a model or its state dict, is what the keys must fit: KeysError lists everything that
+    `like`, a model or its state dict, is what the keys must fit: StateDictError lists everything that
     is missing, extra, of another shape or dtype, before any tensor is read.
     """
     checkpoint = open_checkpoint(path)
@@ -53,7 +45,7 @@ def load_state_dict(
                 plan[tensor.name] = (tensor.dtype, tensor.shape, tensor.pieces)
     if like is not None:
         shapes = {name: _empty(*row, device="meta") for name, row in plan.items()}
-        check(shapes, like, f"{checkpoint.root} does not fit")
+        check(shapes, like)
     with Sources(checkpoint.paths) as sources:
         return {name: _read(_empty(*row), row[2], sources) for name, row in plan.items()}
 
@@ -61,13 +53,13 @@ def load_state_dict(
 def load_into(model: nn.Module, source: str | PathLike[str] | Mapping[str, Tensor]) -> None:
     """Give `model` the tensors of a checkpoint or a state dict, which must fit it exactly.
 
-    The tensors become the model's own (nothing is copied). KeysError lists all that does not fit,
+    The tensors become the model's own (nothing is copied). StateDictError lists all that does not fit,
     and leaves the model as it was.
     """
     if not isinstance(source, Mapping):
         source = load_state_dict(source, like=model)
     else:
-        check(source, model, "the state dict does not fit")
+        check(source, model)
     wanted = model.state_dict(keep_vars=True)
     state = {name: source[_present(name, source, wanted)] for name in wanted}
     names = _tied(wanted)
@@ -78,19 +70,19 @@ def load_into(model: nn.Module, source: str | PathLike[str] | Mapping[str, Tenso
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
-def check(state: Mapping[str, Tensor], like: nn.Module | Mapping, message: str) -> None:
-    """Raises KeysError with every key of `state` that is missing, extra or of another kind."""
+def check(state: Mapping[str, Tensor], like: nn.Module | Mapping) -> None:
+    """Raises StateDictError with every key of `state` that is missing, extra or of another kind."""
     wanted = like.state_dict(keep_vars=True) if isinstance(like, nn.Module) else like
-    problems = {}
+    problems = []
     for name, tensor in wanted.items():
         found = _present(name, state, wanted)
         if found is None:
-            problems[name] = f"missing, expected {_said(tensor)}"
+            problems.append(f"{name} is missing, expected {_said(tensor)}")
         elif _said(state[found]) != _said(tensor):
-            problems[found] = f"is {_said(state[found])}, expected {_said(tensor)}"
-    problems |= {name: f"extra: {_said(state[name])}" for name in state if name not in wanted}
+            problems.append(f"{found} is {_said(state[found])}, expected {_said(tensor)}")
+    problems += [f"{name} has no place" for name in state if name not in wanted]
     if problems:
-        raise KeysError(f"{message}, {len(problems)} keys", problems)
+        raise StateDictError(problems)
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
