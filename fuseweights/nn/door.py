@@ -29,6 +29,7 @@ FUSION = "fusion_config"
 REGISTRY = "transformers.fusion_mapping"
 # What stacks by rows when parts that are quantized are taken apart; the rest needs `unfuse`.
 BY_ROWS = ("weight", "bias", "weight_scale", "weight_scale_inv")
+BLOCKS = (128, 64, 32, 256)
 
 
 def install() -> None:
@@ -157,11 +158,11 @@ def _rows(sizes: tuple[int, ...], whole: Any, suffix: str) -> list[int] | None:
     total, rows = sum(sizes), len(whole) if whole.ndim else 0
     if rows == total:
         return list(sizes)
-    block = -(-total // rows) if rows else 0
-    if not suffix.startswith("weight_scale") or block < 2 or any(s % block for s in sizes[:-1]):
-        return None
-    blocks = [-(-size // block) for size in sizes]
-    return blocks if sum(blocks) == rows else None
+    for block in BLOCKS if suffix.startswith("weight_scale") else ():
+        blocks = [-(-size // block) for size in sizes]
+        if sum(blocks) == rows and not any(size % block for size in sizes[:-1]):
+            return blocks
+    return None
 
 
 BOUNDARY = r"(?<!\w)"

@@ -32,8 +32,8 @@ def load_state_dict(
 
     With `fuse` what stacks exactly comes as one tensor under its fused name; a checkpoint that is
     fused already comes as it is. Types that torch lacks (GGUF blocks) come as bytes, a row each.
-    `like`, a model or its state dict, is what the keys must fit: StateDictError lists everything that
-    is missing, extra, of another shape or dtype, before any tensor is read.
+    `like`, a model or its state dict, is what the keys must fit: StateDictError lists everything
+    missing, extra, of another shape or dtype, before any tensor is read.
     """
     checkpoint = open_checkpoint(path)
     plan = {t.name: (t.dtype, t.shape, (t.bytes,)) for t in checkpoint.tensors.values()}
@@ -53,8 +53,8 @@ def load_state_dict(
 def load_into(model: nn.Module, source: str | PathLike[str] | Mapping[str, Tensor]) -> None:
     """Give `model` the tensors of a checkpoint or a state dict, which must fit it exactly.
 
-    The tensors become the model's own (nothing is copied). StateDictError lists all that does not fit,
-    and leaves the model as it was.
+    The tensors become the model's own (nothing is copied). StateDictError lists all that does not
+    fit, and leaves the model as it was.
     """
     if not isinstance(source, Mapping):
         source = load_state_dict(source, like=model)

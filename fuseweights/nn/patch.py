@@ -8,10 +8,12 @@ and a quantizer or LoRA may replace the fused layer like any other.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -300,6 +302,22 @@ def _fuse(owner: nn.Module, rule: Rule, parts: Sequence[nn.Linear]) -> None:
     for path, size in zip(rule.parts, sizes, strict=True):
         setattr(owner, path.rpartition(".")[2], Section(product, begin, begin + size))
         begin += size
+    _release(fused.weight)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim: what malloc has free goes back to the system, wherever it lies."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _release(freed: Tensor) -> None:
+    """Give freed memory back to the system: its holes are rarely what the next tensor needs."""
+    if freed.device.type == "cpu" and (trim := _trim()):
+        trim(0)
 
 
 def _products(model: nn.Module) -> Iterator[tuple[str, Product]]:
@@ -331,6 +349,8 @@ def _unfuse(product: Product, name: str) -> Refusal | None:
         setattr(owner, part.rpartition(".")[2], linear)
         begin = end
     delattr(owner, product.name)
+    del fused, whole
+    _release(rows)
     return None
 
 
