@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING
+
 from .api import (
     Inspection,
     convert,
@@ -20,8 +22,13 @@ from .errors import (
     UsageError,
     WriteError,
 )
+from .nn.door import install as _open_door
 from .planner import Group, Plan, Refusal
 from .verifier import Difference, Verification
+
+if TYPE_CHECKING:
+    from .nn.load import load_state_dict
+    from .nn.patch import patch_model, unpatch_model
 
 __all__ = [
     "CorruptError",
@@ -38,9 +45,27 @@ __all__ = [
     "WriteError",
     "convert",
     "inspect",
+    "load_state_dict",
     "open_checkpoint",
+    "patch_model",
     "plan",
     "unfuse",
+    "unpatch_model",
     "verify",
     "verify_source_sha256",
 ]
+
+# Needs torch: imported when first asked for.
+_WITH_TORCH = {"load_state_dict": "load", "patch_model": "patch", "unpatch_model": "patch"}
+
+
+def __getattr__(name: str):
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".nn.{_WITH_TORCH[name]}", __name__), name)
+
+
+# transformers loads a fused directory once its registry of fusions knows our name.
+_open_door()

@@ -241,6 +241,54 @@ def unfuse(
         _print(as_json, "unfuse", plan, "restored", time.perf_counter() - begun)
 
 
+@app.command()
+@_reported
+def bench(
+    ckpt: Annotated[
+        Path | None, typer.Argument(help="A Hugging Face directory, split or fused.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="A config.json instead: random weights.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    cpu_int8: Annotated[
+        bool, typer.Option("--cpu-int8", help="Also packed INT8 decoding. It changes numbers.")
+    ] = False,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it.")] = None,
+) -> None:
+    """Time a model unfused and fused: decode, prefill, operations a token.
+
+    Example: fuseweights bench Qwen3-0.6B
+    """
+    try:
+        from .nn.bench import bench as measure
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"bench needs {error.name}", hint="pip install 'fuseweights[transformers]'"
+        ) from None
+    found = measure(
+        ckpt,
+        model_config=model_config,
+        device=device,
+        dtype=dtype,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        batch=batch,
+        cpu_int8=cpu_int8,
+    )
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print(found.json())
+    else:
+        _show(found.table())
+
+
 def _print(as_json: bool, what: str, *args: object) -> None:
     from . import report
 
@@ -249,9 +297,13 @@ def _print(as_json: bool, what: str, *args: object) -> None:
         print(json.dumps(getattr(report, name)(args[0]), indent=2))
         return
     name = "plan_text" if what == "unfuse" else f"{what}_text"
+    _show(getattr(report, name)(*args))
+
+
+def _show(rendered: object) -> None:
     console = _console(sys.stdout)
     with console.capture() as captured:  # rich itself would end with 1 when the reader is gone
-        console.print(getattr(report, name)(*args))
+        console.print(rendered)
     print(captured.get(), end="")
 
 

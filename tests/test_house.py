@@ -38,8 +38,12 @@ ARROWS = {
         *("layout", "planner", "unfuser", "writer", "verifier"),
         *("checkpoint", "rules", "errors"),
     },
+    # torch from here on, but for the door
+    "nn": {
+        *("api", "layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"),
+    },
     "report": {"api", "planner", "rules", "unfuser", "verifier", "errors"},
-    "cli": {"api", "report", "errors"},
+    "cli": {"api", "nn", "report", "errors"},
 }
 
 
