@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-from .candidates import Candidate
+from .candidates import Candidate, companions_for
 from .checkpoint.model import Tensor
 from .merging import bnb_state, weight_shape
 from .rules import engines
@@ -61,6 +61,9 @@ def companions_are_known(c: Candidate) -> tuple[str, str] | None:
     if c.suffixes[0] not in PRIMARY:
         return "missing-part", f"there is no weight beside {_said(c.suffixes)}"
     if unknown := [suffix for suffix in c.suffixes if suffix not in c.table]:
+        tables = [companions_for(c.checkpoint, part) for part in c.parts if part]
+        if len({frozenset(table) for table in tables if not isinstance(table, Rejects)}) > 1:
+            return "type-mismatch", "the parts are not quantized alike"
         return "unknown-companion", f"nothing says how to merge {_said(unknown)}"
     allowed = c.row.companions if isinstance(c.row, Loads) else None
     if c.consumer in engines.LOADED and c.rule.group in engines.PLAIN_ONLY:

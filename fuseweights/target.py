@@ -69,6 +69,10 @@ def check_target(
                 raise RefusedError(
                     f"{target}: is the source itself", hint="Write to another name or directory."
                 )
+        if checkpoint.root.is_dir() and target.resolve().is_relative_to(checkpoint.root.resolve()):
+            raise RefusedError(
+                f"{target}: is inside the source", hint="Write beside it: it would become part."
+            )
         if target.is_dir() and target in names:
             raise RefusedError(f"{target}: is a directory", hint="Name the file to write.")
         if ours and target in names and _same(target, ours / names[target]):

@@ -183,8 +183,8 @@ LYING: dict[str, tuple[str | bytes, int, str] | tuple[str | bytes, int, str, boo
     "metadata of numbers": ('{"__metadata__":{"x":1}}', 0, "not an object of strings"),
     "metadata of objects": ('{"__metadata__":{"x":{}}}', 0, "not an object of strings"),
     "metadata that is a list": ('{"__metadata__":[]}', 0, "not an object of strings"),
-    "a list": ("[]", 0, "expected an object"),
-    "a string": ('"abcdef"', 0, "expected an object"),
+    "a list": ("[]", 0, "not a JSON object"),
+    "a string": ('"abcdef"', 0, "not a JSON object"),
     "nothing": ("", 0, "not a JSON object"),
     "half a JSON": ('{"a":', 0, "not a JSON object"),
     "two objects": ("{}{}", 0, "not a JSON object"),
@@ -701,7 +701,7 @@ def test_adding_keeps_every_other_character(document, data):
         key = data.draw(st.text(max_size=6).filter(lambda k: k not in where))
     news = data.draw(st.lists(JSON, min_size=1, max_size=1 if key is not None else 3))
     was_empty = not where
-    new = jsontext.added(text, path, news, key)
+    new = jsontext.added(text, path, news, None if key is None else [key])
     check_one_insertion(text, new)
     if isinstance(where, dict):
         where[key] = news[0]
@@ -975,6 +975,24 @@ def test_a_text_that_is_gone_is_missed(tmp_path):
         return
     whole = contents(tmp_path / "back") == contents(tmp_path / "src")
     assert whole or plan.inexact
+
+
+def test_a_pattern_that_would_take_for_ever_is_refused(tmp_path):
+    src = write(tmp_path / "src", layer(0))
+    config = {"quant_method": "gptq", "bits": 4, "dynamic": {"-:(.*)*x$": {}}}
+    (src / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": config})
+    )
+    with pytest.raises(CorruptError, match="repeats a group"):
+        fuseweights.plan(src)
+
+
+def test_a_target_inside_the_source_is_refused(tmp_path):
+    src = write(tmp_path / "src", layer(0))
+    before = contents(src)
+    with pytest.raises(RefusedError, match="inside the source"):
+        fuseweights.convert(src, src / "fused")
+    assert contents(src) == before
 
 
 # --- damage -------------------------------------------------------------------------------------

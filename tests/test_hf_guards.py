@@ -480,7 +480,7 @@ ROWS += [
     ),
     *rows(
         "kept_values_agree",
-        "scale-mismatch",
+        "g-idx-mismatch",
         "weight_g_idx differs",
         ["ct_int4_g_idx"],
         "numbers",

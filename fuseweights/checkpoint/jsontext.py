@@ -73,22 +73,21 @@ def removed(text: str, key: str) -> str:
     return text[:start] + text[after:]
 
 
-def added(text: str, path: Path, values: Sequence[Any], key: str | None = None) -> str:
-    """`text` with `values` appended to the list at `path`, or one value under `key` added to the
-    object there, separated and indented like its other members."""
-    for value in values:
-        begin, end = locate(text, path)
-        members = _members(text, begin)
-        written = json.dumps(value) if key is None else f"{json.dumps(key)}: {json.dumps(value)}"
-        if not members:
-            text = f"{text[: begin + 1]}{written}{text[end - 1 :]}"
-            continue
-        last = members[-1][2]
-        gap = text[begin + 1 : _skip(text, begin + 1)]  # what stands before the first member
-        if not gap and len(members) > 1:
-            between = text[members[0][2] : members[1][1]]
-            gap = " " if ", " in between else ""
-        elif not gap:
-            gap = " "
-        text = f"{text[:last]},{gap}{written}{text[last:]}"
-    return text
+def added(text: str, path: Path, values: Sequence[Any], keys: Sequence[str] | None = None) -> str:
+    """`text` with `values` appended to the list at `path`, or under `keys` to the object there,
+    separated and indented like its other members."""
+    written = [json.dumps(value) for value in values]
+    if keys is not None:
+        written = [f"{json.dumps(k)}: {w}" for k, w in zip(keys, written, strict=True)]
+    if not written:
+        return text
+    begin, end = locate(text, path)
+    members = _members(text, begin)
+    if not members:
+        return f"{text[: begin + 1]}{', '.join(written)}{text[end - 1 :]}"
+    last = members[-1][2]
+    gap = text[begin + 1 : _skip(text, begin + 1)]  # what stands before the first member
+    if not gap:
+        between = text[members[0][2] : members[1][1]] if len(members) > 1 else ", "
+        gap = " " if ", " in between else ""
+    return text[:last] + "".join(f",{gap}{item}" for item in written) + text[last:]

@@ -83,14 +83,16 @@ def read_file(path: Path, number: int) -> SafetensorsFile:
         return CorruptError(f"{path}: {message}", hint="Download or save the file again.")
 
     with FileIO(path) as handle:
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
+        prefix = handle.read(9)
+        length = int.from_bytes(prefix[:8], "little")
         if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
             raise fail(
                 f"is not a safetensors file: a header of {length} bytes in a file of {size}, "
                 f"at most {MAX_HEADER}"
             )
-        raw = b""
+        raw = prefix[8:][:length]
+        if raw != b"{":  # before 100 MB of a lie are read
+            raise fail(f"the header is not a JSON object: starts with {raw!r}")
         while len(raw) < length and (part := handle.read(length - len(raw))):
             raw += part
     try:

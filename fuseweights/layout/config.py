@@ -63,12 +63,12 @@ def _with_fusion(text: str) -> str:
     config = json.loads(text)
     present = config.get(FUSION)
     if isinstance(present, dict):
-        return text if OURS in present else jsontext.added(text, [FUSION], [True], OURS)
+        return text if OURS in present else jsontext.added(text, [FUSION], [True], [OURS])
     if present is not None:
         raise ValueError(f"{FUSION} is {present!r}, expected an object")
     if FUSION in config:
         return jsontext.replaced(text, [FUSION], {OURS: True})
-    return jsontext.added(text, [], [{OURS: True}], FUSION)
+    return jsontext.added(text, [], [{OURS: True}], [FUSION])
 
 
 def _quantizations(content: Mapping[str, Any], name: str) -> list[list[str]]:
@@ -105,8 +105,8 @@ def _with_names(text: str, path: list[str], groups: Sequence[Group]) -> str:
     for key in ("dynamic", "quantized_layers"):
         rules = _at(text, [*path, key])
         if isinstance(rules, dict) and rules:
-            for rule, value in _renamed(rules, groups, is_pattern=key == "dynamic"):
-                text = jsontext.added(text, [*path, key], [value], rule)
+            new = dict((_renamed if key == "dynamic" else _moved)(rules, groups))
+            text = jsontext.added(text, [*path, key], list(new.values()), list(new))
     return text
 
 
@@ -118,21 +118,34 @@ def _targeted(targets: list[str], groups: Sequence[Group]) -> Iterator[str]:
             yield module_of(group)
 
 
-def _renamed(
-    rules: Mapping[str, Any], groups: Sequence[Group], is_pattern: bool
-) -> Iterator[tuple[str, Any]]:
-    """The first rule that matches a group's parts, again for the fused name."""
+def _renamed(rules: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tuple[str, Any]]:
+    """The first pattern that matches a group's parts, again for the fused name."""
     for group in groups:
         fused, first = module_of(group), part_modules(group)[0]
         for rule, value in rules.items():
             sign = rule[:2] if rule[:2] in ("-:", "+:") else ""
             pattern = rule.removeprefix(sign)
-            if not (re.match(pattern, first) if is_pattern else rule == first):
+            if not _match(pattern, first):
                 continue
-            new = sign + re.escape(fused) + "$" if is_pattern else fused
-            if new not in rules and not (is_pattern and re.match(pattern, fused)):
+            new = f"{sign}{re.escape(fused)}$"
+            if new not in rules and not _match(pattern, fused):
                 yield new, value
             break
+
+
+def _moved(layers: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tuple[str, Any]]:
+    """What is said of a group's parts by name, for the fused name."""
+    for group in groups:
+        first, fused = part_modules(group)[0], module_of(group)
+        if first in layers and fused not in layers:
+            yield fused, layers[first]
+
+
+def _match(pattern: str, module: str) -> bool:
+    """`re.match`, but for patterns that may take forever: those that repeat a group."""
+    if re.search(r"\)[*+{]", pattern):
+        raise ValueError(f"pattern {pattern!r} repeats a group, which could take forever")
+    return re.match(pattern, module) is not None
 
 
 def _with_expanded(text: str, path: list[str], groups: Sequence[Group]) -> str:
@@ -150,7 +163,7 @@ def _with_expanded(text: str, path: list[str], groups: Sequence[Group]) -> str:
         new = {**schemes[name], "targets": targets, "weights": weights}
         key = next(k for i in range(len(taken) + 1) if (k := f"group_{i}") not in taken)
         taken.add(key)
-        text = jsontext.added(text, [*path, "config_groups"], [new], key)
+        text = jsontext.added(text, [*path, "config_groups"], [new], [key])
     return text
 
 
@@ -166,9 +179,7 @@ def _scheme_of(module: str, schemes: Mapping[str, Any]) -> str:
 
 def _names(targets: Sequence[str], module: str) -> bool:
     """Whether a config group's targets name `module`, by itself or by pattern."""
-    return any(
-        re.match(t[3:], module) is not None if t.startswith("re:") else t == module for t in targets
-    )
+    return any(_match(t[3:], module) if t.startswith("re:") else t == module for t in targets)
 
 
 def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:

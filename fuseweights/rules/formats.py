@@ -135,7 +135,7 @@ def _compressed_tensors(q: Mapping[str, Any], part: Part) -> Table | Rejects:
         **table,
         "weight_zero_point": Companion("stack", "scale-mismatch", per=Fraction(32, number)),
         "weight_shape": Companion("shape", "missing-part"),
-        "weight_g_idx": _SAME,
+        "weight_g_idx": Companion("same", "g-idx-mismatch"),
         "input_scale": _SAME,
     }
 
