@@ -26,6 +26,8 @@ from fuseweights.nn.patch import fused_in, patch_model, unpatch_model  # noqa: E
 FUSE = {"fusion_config": {"fuseweights": True}}
 #: Nothing to fuse: fused by themselves, or their parts have not all a bias.
 ALREADY = {"phi3", "gpt2", "falcon", "gpt_neox", "bloom", "whisper"}
+#: One of every kind; transformers takes seconds a family, and the others are slow for that reason.
+QUICK = {"llama", "qwen3_moe", "qwen3_5", "gemma3", "deepseek_v3", "gpt_oss", "bert", "vit"}
 QUANTIZED = ["fp8_block", "fp8_tensor", "ct_fp8_channel", "ct_int8_channel", "ct_int4", "bnb_nf4"]
 
 
@@ -38,6 +40,13 @@ def quiet() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(level)
+
+
+@pytest.fixture(autouse=True)
+def few_patches() -> Iterator[None]:
+    """transformers tries every class that was ever patched on every name it knows."""
+    yield
+    transformers.monkey_patching.clear_patch_mapping()
 
 
 def load(family: str, path: Path, **options) -> nn.Module:
@@ -63,7 +72,14 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return hf_formats.load(path)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ALREADY])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+        if family not in ALREADY
+    ],
+)
 def test_the_full_road(family: str, tmp_path: Path) -> None:
     """save_pretrained → convert → from_pretrained → the same logits → save_pretrained → unfuse →
     the first, to the byte; every other way in and out beside it."""
@@ -227,6 +243,18 @@ def test_names_are_not_patterns(tmp_path: Path) -> None:
     config = transformers.XLMRobertaConfig(**hf_models.ENCODER)
     model = transformers.AutoModelForMaskedLM.from_config(config)
     assert type(model.base_model.encoder.layer[0]).__name__ == "XLMRobertaLayer"
+
+
+def test_a_plain_load_after_patches_were_cleared(tmp_path: Path) -> None:
+    """transformers' own way to be rid of patched classes; gemma3 holds a gemma3_text."""
+    for family in ("gemma3_text", "gemma3"):
+        source = hf_models.save(family, tmp_path / family)
+        want = tensors_of(source)
+        load(family, source, **FUSE)
+        transformers.monkey_patching.clear_patch_mapping()
+        load(family, source).save_pretrained(tmp_path / f"{family}-saved")
+        saved = tensors_of(tmp_path / f"{family}-saved")
+        assert saved.keys() == want.keys() and all(torch.equal(saved[n], want[n]) for n in want)
 
 
 def test_the_manifest_is_kept_out_of_a_plain_checkpoint(tmp_path: Path) -> None:

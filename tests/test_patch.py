@@ -302,6 +302,26 @@ def test_what_does_not_stack_is_left_with_its_reason(change, reason: str) -> Non
     assert {name: id(module) for name, module in layer.self_attn.named_modules()} == before
 
 
+def test_peft(tmp_path: Path) -> None:
+    """LoRA first: its layers are left. LoRA after: it wraps the fused layer like any other."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "init_lora_weights": False}
+    model = build("llama")
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **options)).eval()
+    want = run(lora, "llama")
+    report = patch_model(lora)
+    assert {r.reason for r in report.left} == {"adapter"} and counted(report) == {"gate_up": 2}
+    assert error(run(lora, "llama"), want) < 1e-5
+    model = build("llama")
+    patch_model(model)
+    want = run(model, "llama")
+    config = peft.LoraConfig(target_modules=["qkv_proj"], **options)
+    lora = peft.get_peft_model(model, config).eval()
+    assert error(run(lora, "llama"), want) > 1e-3
+    with lora.disable_adapter():
+        assert error(run(lora, "llama"), want) < 1e-6
+
+
 def test_missing_parts_and_unknown_families_are_left() -> None:
     reasons = {r.reason for r in patch_model(build("gemma4_text")).left}
     assert reasons == {"missing-part"}

@@ -20,11 +20,12 @@ from .patch import PatchReport, patch_model, unpatch_model
 SCHEMA = 1
 # Operations that only allocate, or look at a tensor in another way.
 NO_WORK = {
-    "alias", "as_strided", "chunk", "detach", "detach_", "empty", "empty_like", "empty_strided",
-    "expand", "expand_as", "is_nonzero", "item", "lift_fresh", "narrow", "permute", "resize_",
-    "resolve_conj", "resolve_neg", "select", "slice", "split", "split_with_sizes", "squeeze",
-    "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_has_same_storage_numel",
-    "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "reshape",
+    "_to_copy", "alias", "as_strided", "chunk", "clone", "contiguous", "detach", "detach_",
+    "empty", "empty_like", "empty_strided", "expand", "expand_as", "is_nonzero", "item",
+    "lift_fresh", "narrow", "permute", "resize_", "result_type", "resolve_conj", "resolve_neg",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind",
+    "unflatten", "unsqueeze", "view", "_has_same_storage_numel", "_local_scalar_dense",
+    "_reshape_alias", "_unsafe_view", "reshape",
 }  # fmt: skip
 
 
@@ -225,9 +226,12 @@ def _count(model: nn.Module, ids: Tensor) -> tuple[int, int | None]:
         _settle(ids)
     events = prof.events()
     on_cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
-    calls = [e for e in on_cpu if "::" in e.name]
-    outer = {id(e.cpu_parent) for e in calls}
-    ops = sum(id(e) not in outer and e.name.partition("::")[2] not in NO_WORK for e in calls)
+    calls = [e for e in on_cpu if "::" in e.name and e.name.partition("::")[2] not in NO_WORK]
+    outer: set[int] = set()  # those that leave the work to another
+    for call in calls:
+        while (call := call.cpu_parent) is not None:
+            outer.add(id(call))
+    ops = sum(id(call) not in outer for call in calls)
     copies = ("Memcpy", "Memset")
     ran = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     return ops, sum(not e.name.startswith(copies) for e in ran) if on_gpu else None

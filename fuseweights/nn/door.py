@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.abc
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,12 +181,11 @@ class Conversions(list):
         return Conversions([*others, *self[:begin]], self[begin:])
 
     def __deepcopy__(self, memo: dict) -> list:
-        fused = getattr(_CONSTRUCTED, "fused", True)
+        from .patch import CONSTRUCTED
+
+        fused = getattr(CONSTRUCTED, "fused", False)
         kept = self if fused else self[: len(self) - self.ours]
         return [deepcopy(conversion, memo) for conversion in kept]
-
-
-_CONSTRUCTED = threading.local()  # .fused: whether this thread's last layer of a known class is
 
 
 def converters(rules: Sequence[Rule]) -> list:
@@ -415,11 +413,11 @@ def _directory(config: Any) -> Path | None:
 
 
 def _fuse_constructed(layer: Any, args: Sequence, kwargs: Mapping[str, Any]) -> None:
-    from .patch import fuse_layer
+    from .patch import CONSTRUCTED, fuse_layer
 
     given = (*args, *kwargs.values())
     options = next((o for o in map(_options, given) if o), None)
-    _CONSTRUCTED.fused = options is not None
+    CONSTRUCTED.fused = options is not None
     if options is None:
         return
     number = next((n for n in given if type(n) is int), None)

@@ -9,6 +9,7 @@ and a quantizer or LoRA may replace the fused layer like any other.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,6 +30,11 @@ from ..rules.groups import Rule
 _VIT = tuple(f"attention.{part}_proj" for part in "qkv")
 MODULES = {"vit": (Rule("qkv", _VIT, "attention.qkv_proj"),)}
 DISK_NAMES = {"vit": ((r"attention\.attention\.qkv_proj", r"attention\.qkv_proj"),)}
+
+
+# .fused: whether a model is being loaded whose layers were fused as they were constructed. The
+# sections take it back when the model is whole: transformers ends loading with `model.eval()`.
+CONSTRUCTED = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,10 @@ class Section(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product.take(x, self.begin, self.end)
+
+    def train(self, mode: bool = True) -> Section:
+        CONSTRUCTED.fused = False
+        return super().train(mode)
 
     @property
     def weight(self) -> Tensor:
