@@ -57,6 +57,7 @@ def place(tmp_path):
 
     hf_formats.save("fp8_block", tmp_path / "Qwen3-8B-FP8")
     hf_models.save("phi3", tmp_path / "phi-3-mini")
+    hf_models.save("qwen3", tmp_path / "Qwen3-0.6B")
     return tmp_path
 
 
@@ -86,7 +87,7 @@ def test_the_options_it_names_exist():
 
     helps = "".join(
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-        for command in ("inspect", "convert", "verify", "unfuse")
+        for command in ("inspect", "convert", "verify", "unfuse", "bench")
     )
     for option in set(re.findall(r"`(--[a-z0-9-]+)", README)):
         assert option in helps, option

@@ -59,16 +59,30 @@ def edited(checkpoint: HFCheckpoint, groups: Sequence[Group]) -> dict[str, str]:
 
 
 def _with_fusion(text: str) -> str:
-    """What tells transformers that this is for `import fuseweights`, not for its own loading."""
-    config = json.loads(text)
-    present = config.get(FUSION)
-    if isinstance(present, dict):
-        return text if OURS in present else jsontext.added(text, [FUSION], [True], [OURS])
-    if present is not None:
-        raise ValueError(f"{FUSION} is {present!r}, expected an object")
-    if FUSION in config:
-        return jsontext.replaced(text, [FUSION], {OURS: True})
-    return jsontext.added(text, [], [{OURS: True}], [FUSION])
+    """What tells transformers that this is for `import fuseweights`, not for its own loading: in
+    every model's configuration, because a part of a vision-language model can be loaded alone."""
+    for path in model_configs(json.loads(text)):
+        whole = _at(text, path)
+        present = whole.get(FUSION)
+        if isinstance(present, dict):
+            new = [] if OURS in present else [True]
+            text = jsontext.added(text, [*path, FUSION], new, [OURS] * len(new))
+        elif present is not None:
+            raise ValueError(f"{FUSION} is {present!r}, expected an object")
+        elif FUSION in whole:
+            text = jsontext.replaced(text, [*path, FUSION], {OURS: True})
+        else:
+            text = jsontext.added(text, path, [{OURS: True}], [FUSION])
+    return text
+
+
+def model_configs(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Paths of a model's configuration and of those that it nests."""
+    yield []
+    for key, inner in config.items():
+        if key.endswith("_config") and isinstance(inner, dict) and "model_type" in inner:
+            for path in model_configs(inner):
+                yield [key, *path]
 
 
 def _quantizations(content: Mapping[str, Any], name: str) -> list[list[str]]:

@@ -79,7 +79,7 @@ def _texts(
         else:
             old, new = json.loads(a), json.loads(b)
             if name == CONFIG:
-                old[FUSION] = {**(old.get(FUSION) or {}), "fuseweights": True}
+                _mark(old)
             for where in _changed(old, new, "", modules):
                 yield Difference(name, None, f"{where or 'it'} differs beyond what fusing adds")
         if manifest is not None and a is not None and manifest.texts.get(name, a) != a:
@@ -87,6 +87,14 @@ def _texts(
     if manifest is not None:
         for name in manifest.texts.keys() - source.texts.keys():
             yield Difference(name, None, "the manifest records a file that the source lacks")
+
+
+def _mark(config: dict[str, Any]) -> None:
+    """Give a model's configuration, and those it nests, the mark that fusing gives them."""
+    for key, inner in config.items():
+        if key.endswith("_config") and isinstance(inner, dict) and "model_type" in inner:
+            _mark(inner)
+    config[FUSION] = {**(config.get(FUSION) or {}), "fuseweights": True}
 
 
 def _index(a: Mapping[str, Any], b: Mapping[str, Any], fused: HFCheckpoint) -> Iterator[Difference]:
