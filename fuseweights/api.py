@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -46,6 +48,24 @@ def plan(
     src: str | PathLike[str], *, consumer: str | None = None, fuse: Iterable[str] | None = None
 ) -> Plan:
     """What `convert` would write and refuse. `fuse` limits it to those groups."""
+    with _no_collecting():
+        return _plan(src, consumer, fuse)
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """A plan is up to a million small objects that all live on: looking for garbage among them
+    again and again takes a fifth of its time and finds none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _plan(src: str | PathLike[str], consumer: str | None, fuse: Iterable[str] | None) -> Plan:
     checkpoint = open_checkpoint(src)
     consumer = consumer or default_consumer(checkpoint)
     manifest = read_manifest(checkpoint)
