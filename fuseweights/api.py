@@ -203,10 +203,15 @@ def verify(
 ) -> Verification:
     """Compare every byte of `fused` with `source`; `values` also compares dequantized numbers.
 
-    Raises CorruptError when either side cannot be read as a checkpoint.
+    Raises CorruptError when either side cannot be read as a checkpoint, UsageError when they are
+    given the wrong way round.
     """
     a, b = open_checkpoint(source), open_checkpoint(fused)
     manifest = read_manifest(b)
+    if manifest is None and read_manifest(a) is not None:
+        raise UsageError(
+            f"{a.root}: is the fused one of the two", hint="The order is: verify SRC FUSED."
+        )
     return verifier.verify(a, b, manifest, values=values, threads=threads, progress=progress)
 
 

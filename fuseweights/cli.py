@@ -41,7 +41,11 @@ class Names(StrEnum):
 
 Consumer = Annotated[
     str | None,
-    typer.Option("--for", help="Who will load it: llama.cpp or torch. GGUF default: llama.cpp."),
+    typer.Option(
+        "--for",
+        help="Who will load it: llama.cpp (the default for a GGUF), torch (for a directory), vllm "
+        "or sglang.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")]
@@ -97,7 +101,7 @@ def root(
 @app.command()
 @_reported
 def inspect(
-    ckpt: Annotated[Path, typer.Argument(help="A GGUF file, or any file of a split set.")],
+    ckpt: Annotated[Path, typer.Argument(help="A GGUF file, any of a split set, or a directory.")],
     consumer: Consumer = None,
     as_json: Json = False,
 ) -> None:

@@ -133,12 +133,12 @@ DIFFERS = [
     "verify in.gguf damaged.gguf",
     "verify in.gguf damaged.gguf --values",
     "verify plain.gguf fused.gguf",
-    "verify fused.gguf in.gguf",
     "verify in.gguf set-00001-of-00003.gguf",
     "verify damaged.gguf --source-sha256 {sum}",
     "verify fused.gguf --source-sha256 {zeros}",
 ]
 USAGE = [
+    "verify fused.gguf in.gguf",
     "nonsense",
     "convert",
     "convert in.gguf",
