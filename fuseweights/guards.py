@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from math import prod
 
 from .candidates import Candidate, companions_for
 from .checkpoint.model import Tensor
@@ -150,10 +151,19 @@ def scales_stay_aligned(c: Candidate) -> tuple[str, str] | None:
     return None
 
 
-# What describes a layer of so many rows: how to read it, and what must be alike whatever the rows.
-PARSED: dict[str, tuple[Callable, Callable]] = {
-    "shape": (weight_shape, lambda shape: shape[1]),
-    "state": (bnb_state, lambda state: {**state, "shape": state["shape"][1:]}),
+# What describes a layer of so many rows: how to read it, whether it fits the weight (nibbles in
+# pairs), and what must be alike whatever the rows.
+PARSED: dict[str, tuple[Callable, Callable, Callable]] = {
+    "shape": (
+        weight_shape,
+        lambda shape, weight: shape[0] == weight.shape[0],
+        lambda shape: shape[1],
+    ),
+    "state": (
+        bnb_state,
+        lambda state, weight: -(-prod(state["shape"]) // 2) == weight.shape[0],
+        lambda state: {**state, "shape": state["shape"][1:]},
+    ),
 }
 
 
@@ -164,10 +174,11 @@ def kept_values_agree(c: Candidate) -> tuple[str, str] | None:
             continue
         values: list = [c.checkpoint.read(tensor) for tensor in c.column(suffix).values()]
         if companion.merge in PARSED:
-            parse, columns = PARSED[companion.merge]
+            parse, fits, columns = PARSED[companion.merge]
             values = [parse(value) for value in values]
-            if None in values:
-                return "format-unsupported", f"{suffix} is malformed"
+            weights = c.column(c.suffixes[0]).values()
+            if None in values or not all(map(fits, values, weights)):
+                return "format-unsupported", f"{suffix} does not describe its weight"
             values = [columns(value) for value in values]
         elif companion.expands and len(c.column(c.suffixes[0])) == len(values):
             continue

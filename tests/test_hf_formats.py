@@ -470,3 +470,30 @@ def test_ignored_by_wildcard_is_ignored_by_name(tmp_path: Path, consumer: str) -
     assert fused == (BA if consumer == "torch" else [])
     assert after["exclude_modules"] == ["lm_head", "*in_proj_[ab]", *fused]
     assert all(any(fnmatch.fnmatch(n, p) for p in after["exclude_modules"]) for n in (*B, *fused))
+
+
+@pytest.mark.parametrize(
+    "fmt, suffix, change",
+    [
+        ("ct_int4", "weight_shape", lambda raw: torch.tensor([7, int(raw[1])])),
+        (
+            "bnb_nf4",
+            "weight.quant_state.bitsandbytes__nf4",
+            lambda raw: torch.tensor(
+                list(bytes(raw.tolist()).replace(b"[", b"[1")), dtype=torch.uint8
+            ),
+        ),
+    ],
+)
+def test_a_shape_that_is_not_its_weights_is_not_stacked(fmt, suffix, change, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    src = saved(fmt, tmp_path / "src")
+    path = src / "model.safetensors"
+    tensors = load_file(path)
+    name = f"model.layers.0.self_attn.q_proj.{suffix}"
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+    refusals = fuseweights.plan(src).refusals
+    assert [(r.group, r.layer, r.reason) for r in refusals] == [("qkv", 0, "format-unsupported")]
+    assert "does not describe its weight" in refusals[0].detail
