@@ -1,8 +1,9 @@
 """Which fused tensors stock llama.cpp loads, by architecture.
 
-Numbers are first builds, from llama.cpp's releases. Where only `TESTED` stands, a small random
-model of the architecture was run on that build, split and fused: all log-probabilities were equal,
-and with two sections exchanged they were not. A row is the first build, or why not.
+A row is the first build that loads it, or why none does. Builds before `TESTED` are recorded from
+llama.cpp's history and were not run. On `TESTED` a small random model of every architecture that is
+loaded was run split and fused: all log-probabilities (embeddings of encoders) were equal, and with
+k and v exchanged they were not. tests/test_llama_cpp.py repeats the main ones.
 """
 
 from __future__ import annotations
