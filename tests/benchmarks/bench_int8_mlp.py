@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_int8_mlp.py [--threads 1] [--rounds 15]
 
-The variants take turns, and the best time of each counts. INT8 changes numbers: it says by how much.
+The variants take turns, and the best time of each counts. INT8 changes numbers: the error tells.
 """
 
 from __future__ import annotations
