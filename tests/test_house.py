@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fuseweights"
+KERNELS = ROOT / "kernels"  # installed as fuseweights.kernels
 
 # room: the rooms of ours that it may import. Data flows one way.
 ARROWS = {
@@ -38,9 +39,10 @@ ARROWS = {
         *("layout", "planner", "unfuser", "writer", "verifier"),
         *("checkpoint", "rules", "errors"),
     },
+    "kernels": set(),  # torch and triton only
     # torch from here on, but for the door
     "nn": {
-        *("api", "layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"),
+        *("kernels", "api", "layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"),
     },
     "report": {"api", "planner", "rules", "unfuser", "verifier", "errors"},
     "cli": {"api", "nn", "report", "errors"},
@@ -48,12 +50,16 @@ ARROWS = {
 
 
 def room_of(path: Path) -> str:
+    if path.is_relative_to(KERNELS):
+        return "kernels"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> set[str]:
     """Rooms of ours that the file imports, at its top or inside functions."""
     package = path.relative_to(ROOT).parts[:-1]
+    if path.is_relative_to(KERNELS):
+        package = ("fuseweights", *package)
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[tuple[str, ...]] = []
@@ -66,14 +72,15 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         rooms |= {name[1] for name in names if name[0] == "fuseweights" and len(name) > 1}
-    known = {room_of(p) for p in PACKAGE.rglob("*.py")}
-    return (rooms & known) - {"__init__"}
+    return (rooms & {room_of(p) for p in FILES}) - {"__init__"}
 
 
-MODULES = [p for p in PACKAGE.rglob("*.py") if room_of(p) not in ("__init__", "__main__")]
+FILES = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
+OPTIONAL_PEERS = {"fla"}  # imported where it is installed, and only when it is asked for
+MODULES = [p for p in FILES if room_of(p) not in ("__init__", "__main__")]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_arrows(path):
     room = room_of(path)
     assert room in ARROWS, f"a new room: say in ARROWS what {room} may import"
@@ -87,6 +94,17 @@ def test_there_are_no_circles():
         back = ARROWS[room] - seen
         assert not back, f"{room} imports {back}, which stand above it"
         seen.add(room)
+
+
+@pytest.mark.parametrize("path", [*KERNELS.rglob("*.py")], ids=lambda p: p.name)
+def test_kernels_need_torch_and_triton_only(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    assert names <= sys.stdlib_module_names | {"torch", "triton"} | OPTIONAL_PEERS
 
 
 def run(code: str) -> str:
