@@ -42,7 +42,8 @@ ARROWS = {
     "kernels": set(),  # torch and triton only
     # torch from here on, but for the door
     "nn": {
-        *("kernels", "api", "layout", "planner", "candidates", "manifest", "checkpoint", "rules", "errors"),
+        *("kernels", "api", "layout", "planner", "candidates", "manifest"),
+        *("checkpoint", "rules", "errors"),
     },
     "report": {"api", "planner", "rules", "unfuser", "verifier", "errors"},
     "cli": {"api", "nn", "report", "errors"},
