@@ -91,4 +91,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool = False, **
     if INTERPRETED:
         meta.pop("maxnreg", None)
         return kernel[grid](*args, PDL=False, **meta)
+    device = next(arg.get_device() for arg in args if isinstance(arg, torch.Tensor))
+    if device != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(device):
+            return kernel[grid](*args, PDL=pdl, launch_pdl=pdl, **meta)
     return kernel[grid](*args, PDL=pdl, launch_pdl=pdl, **meta)

@@ -101,7 +101,7 @@ def _report(binary: Any) -> Report:
     opcodes = Counter(name for name, _ in lines)
     loads: Counter[str] = Counter()
     for name, _ in lines:
-        if name.startswith("LDG"):
+        if name.startswith(("LDG.", "LDGSTS.")):  # not LDGDEPBAR, which waits
             width = re.search(r"\.(8|16|32|64|128)\b|\.[US](8|16)\b", name)
             loads[next(filter(None, width.groups())) if width else "32"] += 1
     spilled = sum(n for name, n in opcodes.items() if name.startswith(("LDL", "STL")))
