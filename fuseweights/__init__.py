@@ -27,6 +27,7 @@ from .planner import Group, Plan, Refusal
 from .verifier import Difference, Verification
 
 if TYPE_CHECKING:
+    from .nn.gguf_model import load_model
     from .nn.load import load_state_dict
     from .nn.patch import patch_model, unpatch_model
 
@@ -45,6 +46,7 @@ __all__ = [
     "WriteError",
     "convert",
     "inspect",
+    "load_model",
     "load_state_dict",
     "open_checkpoint",
     "patch_model",
@@ -56,7 +58,12 @@ __all__ = [
 ]
 
 # Needs torch: imported when first asked for.
-_WITH_TORCH = {"load_state_dict": "load", "patch_model": "patch", "unpatch_model": "patch"}
+_WITH_TORCH = {
+    "load_model": "gguf_model",
+    "load_state_dict": "load",
+    "patch_model": "patch",
+    "unpatch_model": "patch",
+}
 
 
 def __getattr__(name: str):

@@ -47,6 +47,8 @@ def _ggml() -> ctypes.CDLL:
 # Type numbers by name. gguf-py does not know the last two (yet): they quantize, `build` cannot.
 TYPES = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType} | {"Q1_0": 41, "Q2_0": 42}
 
+BLOCKS = {kind.name: weights for kind, (weights, _) in gguf.GGML_QUANT_SIZES.items()}
+
 
 def quantize(values_f32: np.ndarray, type_name: str) -> np.ndarray:
     """Quantize float32 [..., rows, n] to uint8 [..., rows, bytes of a row], with ggml.
@@ -104,7 +106,7 @@ def _type(name: str, row: int, ndim: int, mix: str, layers: int) -> str:
         kind = "Q6_K" if better else "Q4_K"
     elif mix == "NVFP4" and not SCALED.fullmatch(name):
         kind = "BF16"
-    while row % _ggml().ggml_blck_size(TYPES[kind]):
+    while row % (BLOCKS.get(kind) or _ggml().ggml_blck_size(TYPES[kind])):
         kind = FALLBACK.get(kind, "F16")
     return kind
 

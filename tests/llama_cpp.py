@@ -1,6 +1,6 @@
 """Run a GGUF file in stock llama.cpp, in a process of its own: a crash there is a result here.
 
-`python llama_cpp.py FILE PROMPT N` is the child: it prints the run as one line of JSON.
+`python llama_cpp.py FILE PROMPT N CACHE` is the child: it prints the run as one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class Run:
     logprobs: list[dict[int, float]]
 
 
-def run(path: Path, prompt: list[int], n: int = 8, timeout: float = 120) -> Run:
-    """Generate n tokens for a prompt of token ids, with the log-probabilities of the vocabulary."""
-    command = [sys.executable, __file__, str(path), json.dumps(prompt), str(n)]
+def run(path: Path, prompt: list[int], n: int = 8, timeout: float = 120, cache: str = "F16") -> Run:
+    """Generate n tokens for a prompt of token ids, with the log-probabilities of the vocabulary.
+    `cache`: the type of the cached keys and values."""
+    command = [sys.executable, __file__, str(path), json.dumps(prompt), str(n), cache]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, errors="replace"
     )
@@ -47,13 +48,15 @@ def _reason(log: str) -> str:
     return " | ".join((asserts or errors or lines[-3:])[:3])
 
 
-def _child(path: str, prompt: list[int], n: int) -> None:
+def _child(path: str, prompt: list[int], n: int, cache: str) -> None:
     """Load and run in this process: one thread, greedy, everything that may vary switched off."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = 256
+    params.cache_type_k = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache}")
+    params.cache_type_v = params.cache_type_k
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.fit_params = False
@@ -78,4 +81,4 @@ def _child(path: str, prompt: list[int], n: int) -> None:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    _child(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

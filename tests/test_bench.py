@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import gguf_models  # noqa: E402
 import hf_models  # noqa: E402
 
 import fuseweights  # noqa: E402
@@ -56,6 +57,23 @@ def test_json_table_and_int8(source: Path) -> None:
         2e3 / data["rows"][0]["decode_ms"]
     )
     assert result.table().row_count == 3
+
+
+def test_the_decoder_takes_part(source: Path, tmp_path: Path) -> None:
+    result = bench(source, decoder=True, batch=2, **QUICK)
+    assert [row.variant for row in result.rows] == ["unfused", "fused", "decoder"]
+    assert result.same_tokens and result.note is None
+    other = hf_models.save("olmo2", tmp_path / "other")
+    result = bench(other, decoder=True, **QUICK)
+    assert [row.variant for row in result.rows] == ["unfused", "fused"]
+    assert "decoder: Decoder does not know the layers of 'olmo2'" in result.note
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = gguf_models.build("qwen3", tmp_path / "model.gguf", "Q4_K_M")
+    result = bench(path, decoder=True, dtype="float32", **QUICK)
+    assert [row.variant for row in result.rows] == ["fused", "decoder"]
+    assert result.fused >= 2 and result.note is None
 
 
 def test_plot(source: Path, tmp_path: Path) -> None:

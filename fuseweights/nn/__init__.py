@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import FusedAttention
+    from .decode import Decoder
     from .delta_net import GatedDeltaNet
     from .linear import FusedLinear, Section
     from .mlp import GatedMLP
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AddRMSNorm": "norm",
+    "Decoder": "decode",
     "Experts": "moe",
     "FusedAttention": "attention",
     "FusedLinear": "linear",
@@ -40,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "AddRMSNorm",
+    "Decoder",
     "Experts",
     "FusedAttention",
     "FusedLinear",

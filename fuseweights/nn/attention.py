@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from . import ops
-from .linear import FusedLinear, Section
+from ..kernels.qkv_rope import gate_view
+from . import gpu, ops
+from .linear import FusedLinear, Section, product
 from .mlp import around
 from .norm import RMSNorm
 from .state import check_nothing_lost
@@ -123,7 +124,7 @@ class FusedAttention(nn.Module):
             setattr(self, name, None if norm is None else RMSNorm.from_parts(norm, size))
         self.rope = family.rope
         self.sliding_window = getattr(old, "sliding_window", None)
-        if config.model_type == "phi3":
+        if config.model_type in ("mistral", "mixtral", "phi3", "starcoder2"):
             self.sliding_window = config.sliding_window
         unturned = family.rope_only_sliding and self.sliding_window is None
         if unturned or not getattr(old, "use_rope", True):
@@ -151,6 +152,35 @@ class FusedAttention(nn.Module):
         x = x.unflatten(-1, (-1, self.head_dim))
         return x if norm is None else norm(x)
 
+    def _inputs(self, qkv: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Any, ...]:
+        """The product's rows as q, k, v [B, H, T, d], and the output's gate [B, T, H·d]."""
+        norms = [n for n in (self.q_norm, self.k_norm, self.v_norm) if n is not None]
+        alike = {(norm.size, norm.eps, norm.norm) for norm in norms}
+        weights = tuple(norm and norm.weight for norm in (self.q_norm, self.k_norm))
+        cos, sin = (None, None) if self.rope is None else angles
+        by_head = len(alike) <= 1 and all(n.size == self.head_dim for n in norms)
+        if by_head and gpu.takes(qkv, cos, sin, *weights):
+            q, k = (rows // self.head_dim for rows in self.qkv_proj.rows[:2])
+            heads = q // 2 if self.gate else q
+            _, eps, norm = next(iter(alike), (None, 0.0, "llama"))
+            inputs = gpu.OPS.qkv_rope(
+                *(qkv, heads, k, self.head_dim, cos, sin, *weights, eps, norm),
+                *(self.rope or "halves", self.gate, self.v_norm is not None),
+            )
+            gate = gate_view(qkv, heads, self.head_dim).flatten(-2) if self.gate else None
+            return *inputs, gate
+
+        q, k, *v = self.qkv_proj.split(qkv)
+        v, gate = self._heads(v[0] if v else k, self.v_norm).transpose(1, 2), None
+        if self.gate:
+            q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
+            q, gate = q.flatten(-2), gate.flatten(-2)
+        q = self._heads(q, self.q_norm).transpose(1, 2)
+        k = self._heads(k, self.k_norm).transpose(1, 2)
+        if self.rope is not None:
+            q, k = ops.rotary(q, k, *angles, self.rope)
+        return q, k, v, gate
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -160,16 +190,7 @@ class FusedAttention(nn.Module):
         shared_kv_states: dict | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, *v = self.qkv_proj.split(self.qkv_proj(hidden_states))
-        v = self._heads(v[0] if v else k, self.v_norm).transpose(1, 2)
-        gate = None
-        if self.gate:
-            q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
-            q, gate = q.flatten(-2), gate.flatten(-2)
-        q = self._heads(q, self.q_norm).transpose(1, 2)
-        k = self._heads(k, self.k_norm).transpose(1, 2)
-        if self.rope is not None:
-            q, k = ops.rotary(q, k, *position_embeddings, self.rope)
+        q, k, v, gate = self._inputs(self.qkv_proj(hidden_states), position_embeddings)
         if past_key_values is not None:
             past_key_values = getattr(past_key_values, "self_attention_cache", past_key_values)
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -196,7 +217,9 @@ class FusedAttention(nn.Module):
         out = out.flatten(-2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
-        return (getattr(self, self.out_name)(out) if self.out_name else out), weights
+        if self.out_name:
+            out = product(getattr(self, self.out_name), out)
+        return out, weights
 
 
 def attention_sections(

@@ -46,7 +46,8 @@ class Measured:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What was measured on what. `left` are the groups that were not fused, with the reason;
-    `same_tokens` says whether unfused and fused decode the same greedy tokens."""
+    `same_tokens` says whether unfused and fused decode the same greedy tokens (a GGUF file is only
+    ever fused)."""
 
     model: str
     device: str
@@ -121,10 +122,12 @@ def bench(
     batch: int = 1,
     repeats: int = 3,
     cpu_int8: bool = False,
+    decoder: bool | None = None,
 ) -> Bench:
     """Measure a checkpoint, split or fused, or a config.json with random weights.
 
-    Variants take turns, so that a machine that warms up or is shared favours none.
+    Variants take turns, so that a machine that warms up or is shared favours none. `decoder` adds
+    nn.Decoder, which knows some architectures: on a GPU unless told otherwise.
     """
     if (checkpoint is None) == (model_config is None):
         raise UsageError("give a checkpoint or a model config, one of them")
@@ -132,22 +135,35 @@ def bench(
     size = getattr(model.config.get_text_config(), "vocab_size", 2)
     seed = torch.Generator().manual_seed(0)
     ids = torch.randint(0, size, (batch, prompt), generator=seed).to(device)
-    variants: dict[str, Callable[[], PatchReport]] = {
-        "unfused": lambda: unpatch_model(model),
-        "fused": lambda: patch_model(model),
+    gguf = str(checkpoint).endswith(".gguf")  # fused while it is loaded
+    variants: dict[str, tuple[Callable[[], PatchReport], Callable[[], Any]]] = {
+        "unfused": (lambda: unpatch_model(model), lambda: _Stock(model)),
+        "fused": (lambda: patch_model(model), lambda: _Stock(model)),
     }
+    if gguf:
+        del variants["unfused"]
     if cpu_int8:
-        variants["fused, int8"] = lambda: patch_model(model, cpu_int8=True)
+        variants["fused, int8"] = lambda: patch_model(model, cpu_int8=True), lambda: _Stock(model)
+    if decoder or (decoder is None and ids.is_cuda):
+        length = prompt + new_tokens + 1
+        variants["decoder"] = lambda: patch_model(model), lambda: _Decoding(model, batch, length)
     best: dict[str, list[float]] = {}
-    counts, tokens, reports = {}, {}, {}
+    counts, tokens, reports, notes = {}, {}, {}, []
     for _ in range(repeats):
-        for name, enter in variants.items():
+        for name, (enter, start) in list(variants.items()):
             reports[name] = enter()
-            prefill, decode, tokens[name] = _run(model, ids, new_tokens)
+            try:
+                run = start()
+            except UsageError as error:
+                del variants[name]
+                notes.append(f"{name}: {error}")
+                continue
+            prefill, decode, tokens[name] = _run(run, ids, new_tokens)
             known = best.setdefault(name, [prefill, decode])
             best[name] = [min(known[0], prefill), min(known[1], decode)]
             if name not in counts:
-                counts[name] = _count(model, ids)
+                counts[name] = _count(run, ids)
+            del run
     rows = tuple(
         Measured(
             name,
@@ -167,10 +183,10 @@ def bench(
         prompt=prompt,
         new_tokens=new_tokens,
         batch=batch,
-        fused=len(reports["fused"].fused),
+        fused=_stacks(model) if gguf else len(reports["fused"].fused),
         left=tuple(sorted({(r.group, r.reason) for r in reports["fused"].left})),
-        note=reports[list(variants)[-1]].note,
-        same_tokens=torch.equal(tokens["unfused"], tokens["fused"]),
+        note="; ".join([*filter(None, (r.note for r in reports.values())), *notes]) or None,
+        same_tokens=gguf or torch.equal(tokens["unfused"], tokens["fused"]),
         rows=rows,
     )
 
@@ -181,25 +197,68 @@ def _load(checkpoint: Any, model_config: Any, dtype: torch.dtype) -> nn.Module:
     from . import door
 
     door.install()
+    if str(checkpoint).endswith(".gguf"):
+        from .gguf_model import load_model
+
+        return load_model(checkpoint, dtype=dtype)
     if checkpoint is not None:
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_config), dtype=dtype)
 
 
+def _stacks(model: nn.Module) -> int:
+    """Layers that hold several parts."""
+    from .linear import FusedLinear
+
+    return sum(isinstance(m, FusedLinear) and len(m.sections) > 1 for m in model.modules())
+
+
+class _Stock:
+    """transformers' own forward, with its cache."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.cache = model, None
+
+    def start(self, ids: Tensor) -> Tensor:
+        self.cache = None
+        return self.next(ids)
+
+    def next(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+
+class _Decoding:
+    """The Decoder, with its own."""
+
+    def __init__(self, model: nn.Module, batch: int, max_length: int):
+        from .decode import Decoder
+
+        self.decoder = Decoder(model, batch, max_length)
+
+    def start(self, ids: Tensor) -> Tensor:
+        self.decoder.reset()
+        return self.decoder.prefill(ids)
+
+    def next(self, ids: Tensor) -> Tensor:
+        return self.decoder.step(ids[:, 0])
+
+
 @torch.no_grad()
-def _run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float, Tensor]:
+def _run(run: _Stock | _Decoding, ids: Tensor, new_tokens: int) -> tuple[float, float, Tensor]:
     """Seconds for the prefill, the least seconds for a token, and the tokens."""
-    model(input_ids=ids[:, :4])  # warm up
+    run.start(ids[:, :4])  # warm up
     _settle(ids)
     start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True)
+    logits = run.start(ids)
     _settle(ids)
     prefill, decode, tokens = time.perf_counter() - start, float("inf"), []
     for _ in range(new_tokens):
-        tokens.append(out.logits[:, -1:].argmax(-1))
+        tokens.append(logits.argmax(-1, keepdim=True))
         _settle(ids)
         start = time.perf_counter()
-        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+        logits = run.next(tokens[-1])
         _settle(ids)
         decode = min(decode, time.perf_counter() - start)
     return prefill, decode, torch.cat(tokens, 1)
@@ -211,18 +270,17 @@ def _settle(like: Tensor) -> None:
 
 
 @torch.no_grad()
-def _count(model: nn.Module, ids: Tensor) -> tuple[int, int | None]:
+def _count(run: _Stock | _Decoding, ids: Tensor) -> tuple[int, int | None]:
     """Operations that compute something for one decoded token, and kernels that the device ran."""
     from torch.profiler import ProfilerActivity, profile
 
-    out = model(input_ids=ids, use_cache=True)
-    token = out.logits[:, -1:].argmax(-1)
+    token = run.start(ids).argmax(-1, keepdim=True)
     activities = [ProfilerActivity.CPU]
     on_gpu = ids.device.type == "cuda"
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as prof:
-        model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        run.next(token)
         _settle(ids)
     events = prof.events()
     on_cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]

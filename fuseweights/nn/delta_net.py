@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .linear import FusedLinear, Section
+from .linear import FusedLinear, Section, product
 from .norm import eps_of
 from .state import check_nothing_lost
 
@@ -79,7 +79,7 @@ class GatedDeltaNet(nn.Module):
     def from_parts(cls, mixer: nn.Module, *, one: bool = True) -> GatedDeltaNet:
         """From a loaded transformers GatedDeltaNet, split as Qwen3.5 has it or fused as Qwen3-Next.
         `one` False keeps qkvz and ba apart, for checkpoints with b and a in another dtype."""
-        native = hasattr(mixer, "in_proj_qkvz")
+        native = not hasattr(mixer, "in_proj_qkv")
         self = cls(
             1, mixer.num_k_heads, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim,
             layout="interleaved" if native else "contiguous", one=one,
@@ -150,7 +150,8 @@ class GatedDeltaNet(nn.Module):
         out, state = (ops.delta_step if one_step else ops.delta_chunks)(*inputs)
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
-        return self.out_proj(ops.gated_rms_norm(out, z, self.norm.weight, self.eps).flatten(-2))
+        out = ops.gated_rms_norm(out, z, self.norm.weight, self.eps)
+        return product(self.out_proj, out.flatten(-2))
 
 
 class _Weight(nn.Module):

@@ -104,7 +104,12 @@ class FusedLinear(nn.Module):
         format: Format | None = None,
     ) -> FusedLinear:
         """Stack loaded layers (or their tensors). Values are kept exactly; scales of FP8 and INT8
-        layers that cannot share blocks, or a single number, become one a row."""
+        layers that cannot share blocks, or a single number, become one a row. Parts that
+        patch_model has stacked already share its tensors."""
+        stacked = {getattr(part, "product", None) for part in parts.values()}
+        if len(stacked) == 1 and (product := stacked.pop()) is not None:
+            rows = dict(zip(parts, product.sizes, strict=True))
+            return cls.from_tensors(sections or rows, dict(product.fused().named_parameters()))
         tensors = {name: _tensors(part) for name, part in parts.items()}
         blocks = {n: getattr(part, "block_size", None) or (128, 128) for n, part in parts.items()}
         formats = {n: format or detect(t, tuple(blocks[n])) for n, t in tensors.items()}
@@ -148,6 +153,10 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.tensors(), self.format, self.bias)
+
+    def gated(self, x: Tensor, act: ops.Activation) -> Tensor:
+        """act(gate) · up, of a layer whose two halves are gate and up: [..., K] → [..., ΣN / 2]."""
+        return ops.gated_linear(x, self.tensors(), self.format, self.bias, act)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """Each part's output, views of y [..., ΣN]."""
@@ -214,6 +223,14 @@ class FusedLinear(nn.Module):
     def extra_repr(self) -> str:
         parts = ", ".join(f"{n}={r}" for n, r in zip(self.sections, self.rows, strict=True))
         return f"{self.in_features} → {parts}, {self.format}, bias={self.bias is not None}"
+
+
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); of a plain linear layer that nothing hooks into, by ops.linear."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is not nn.Linear or hooks or layer._backward_hooks:
+        return layer(x)
+    return ops.linear(x, {"weight": layer.weight}, Plain(), layer.bias)
 
 
 def _tensors(part: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import open_checkpoint
+from ..checkpoint.model import Tensor as Stored
 from ..checkpoint.pieces import Piece, Sources, Weave, piece_size, stream
 from ..layout import read_manifest
 from ..planner import decide
@@ -102,6 +103,12 @@ def _present(name: str, state: Mapping, wanted: Mapping[str, Tensor]) -> str | N
 
 def _said(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def read_tensor(tensor: Stored, sources: Sources) -> Tensor:
+    """A tensor of a checkpoint on the CPU; blocks as bytes, a row each."""
+    pieces = (tensor.bytes,)
+    return _read(_empty(tensor.dtype, tensor.shape, pieces), pieces, sources)
 
 
 def _empty(

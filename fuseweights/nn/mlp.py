@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from . import ops
-from .linear import FusedLinear, Section
+from .linear import FusedLinear, Section, product
 from .state import check_nothing_lost
 
 GATE_UP = ("gate_proj", "up_proj")
@@ -54,7 +54,7 @@ class GatedMLP(nn.Module):
         return self.train(mlp.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.gated(self.gate_up_proj(x), self.act))
+        return product(self.down_proj, self.gate_up_proj.gated(x, self.act))
 
 
 def around(linear: nn.Module, sections: Callable[[int], dict[str, int | Section]]) -> FusedLinear:

@@ -116,6 +116,26 @@ def experts(
     return (out * scores[..., None]).sum(1).to(x.dtype)
 
 
+@op
+def block_experts(
+    x: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    stacks: dict[str, Tensor],
+    formats: dict[str, Any],
+    act: Activation,
+) -> Tensor:
+    """`experts` with stacks `gate_up` [E, 2I, bytes a row] and `down` [E, H, bytes a row] stored as
+    `formats` say. Only the experts that are picked become numbers."""
+    used = index.unique()
+    numbers = {
+        name: torch.stack([formats[name].dequantize({"weight": s[e]}, x.dtype) for e in used])
+        for name, s in stacks.items()
+    }
+    compact = torch.searchsorted(used, index)
+    return experts(x, compact, scores, numbers["gate_up"], numbers["down"], act)
+
+
 # Activations and norms
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -130,6 +150,14 @@ def gated(gate_up: Tensor, act: Activation) -> Tensor:
     """act(gate) · up of [..., 2n], gate first → [..., n]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[act](gate) * up
+
+
+@op
+def gated_linear(
+    x: Tensor, tensors: dict[str, Tensor], format: Any, bias: Tensor | None, act: Activation
+) -> Tensor:
+    """act(gate) · up of x [..., K] with one weight [2n, K], gate rows first → [..., n]."""
+    return gated(linear(x, tensors, format, bias), act)
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -325,3 +353,6 @@ def delta_chunks(
         out.append(q[:, :, i] @ state + scores[:, :, i] @ new)
         state = state * last[:, :, i] + k[:, :, i].mT @ new
     return torch.cat(out, 2)[:, :, :tokens].transpose(1, 2), state
+
+
+from . import gpu  # noqa: E402, F401  (enters the kernels, once all operations are defined)

@@ -102,19 +102,50 @@ class Scaled(_WidthAsStored):
 @dataclass(frozen=True)
 class GGUFBlocks:
     """`weight` [N, bytes a row] U8: ggml blocks of 32 or 256 weights along K, as a GGUF file has
-    them. `type` is gguf.GGMLQuantizationType's number."""
+    them. `type` is gguf.GGMLQuantizationType's number. With `columns`, K, each row's bytes are in
+    planar order, which GPU kernels read faster (kernels/gguf_types.py); `raw` puts them back."""
 
     type: int
+    columns: int | None = None
     rows_per: ClassVar[Mapping[str, int | None]] = {"weight": 1}
+
+    @property
+    def is_planar(self) -> bool:
+        return self.columns is not None
 
     def width(self, weight: Tensor) -> int:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.type)]
-        return weight.shape[1] // size * weights
+        return self.columns or weight.shape[-1] // size * weights
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        return _dequantize_gguf(tensors["weight"], self.type).to(dtype)
+        blocks = tensors["weight"]
+        if blocks.is_cuda and dtype != torch.float64:
+            from ..kernels.gguf_types import TYPES
+
+            if self.type in TYPES:
+                given = blocks, self.type, self.width(blocks), dtype, self.is_planar
+                return torch.ops.fuseweights.gguf_dequantize(*given)
+        return _dequantize_gguf(self.raw(blocks), self.type).to(dtype)
+
+    def raw(self, weight: Tensor) -> Tensor:
+        """The blocks as the file has them, bit for bit."""
+        if not self.is_planar:
+            return weight
+        from ..kernels import gguf_types
+
+        return gguf_types.raw(weight, self.type, self.columns)
+
+    def planar(self, weight: Tensor) -> tuple[GGUFBlocks, Tensor]:
+        """The same in planar order, where kernels know the type and read it faster so."""
+        from ..kernels import gguf_types
+
+        kind = gguf_types.TYPES.get(self.type)
+        if self.is_planar or kind is None or not kind.has_planar:
+            return self, weight
+        columns = self.width(weight)
+        return replace(self, columns=columns), gguf_types.planar(weight, self.type, columns)
 
     def by_row(self, tensors: Tensors) -> tuple[Format, dict[str, Tensor]]:
         return self, dict(tensors)
