@@ -249,7 +249,7 @@ def unfuse(
 @_reported
 def bench(
     ckpt: Annotated[
-        Path | None, typer.Argument(help="A Hugging Face directory, split or fused.")
+        Path | None, typer.Argument(help="A Hugging Face directory or a GGUF file, split or fused.")
     ] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="A config.json instead: random weights.")

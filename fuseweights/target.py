@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .checkpoint.gguf import SPLIT_NAME, split_name
 from .checkpoint.model import Checkpoint
@@ -125,30 +126,50 @@ def workspace(
         raise WriteError(f"{partial}: {error.strerror}") from error
     with journal:
         _lock(journal.fileno(), partial, dst)
-        journal.seek(0)
-        recorded = journal.read().decode(errors="replace")
-        if resume and recorded not in ("", fingerprint):
-            raise RefusedError(
-                f"{partial}: was begun from another source or with other options",
-                hint="Run without --resume to start again.",
-            )
-        _clear(partial, keep_files=resume)
-        files.mkdir(exist_ok=True)
-        journal.seek(0)
-        journal.truncate()
-        journal.write(fingerprint.encode())
-        journal.flush()
+        try:
+            _begin(journal, partial, fingerprint, resume)
+        except OSError as error:
+            if not resume:  # else what can be resumed stays
+                with suppress(OSError):
+                    _remove(partial)
+            raise WriteError(f"{partial}: {error.strerror}") from error
         try:
             yield partial
         except BaseException as error:
             finished = sum((files / output.name).exists() for output in outputs)
-            if len(outputs) > 1 and finished:
-                error.add_note(f"{finished} of {len(outputs)} files are done: --resume")
-                _clear(partial, keep_files=True)
-            else:
-                _remove(partial)
+            try:
+                if len(outputs) > 1 and finished:
+                    error.add_note(f"{finished} of {len(outputs)} files are done: --resume")
+                    _clear(partial, keep_files=True)
+                else:
+                    _remove(partial)
+            except OSError as left:
+                error.add_note(f"{partial} is left behind ({left.strerror}): delete it")
             raise
-        _remove(partial)
+        try:
+            _remove(partial)
+        except OSError as error:
+            raise WriteError(
+                f"{partial}: cannot be removed: {error.strerror}",
+                hint=f"{dst} is whole; what is left is safe to delete.",
+            ) from error
+
+
+def _begin(journal: BinaryIO, partial: Path, fingerprint: str, resume: bool) -> None:
+    """Clear what an earlier run left, but for what this one resumes, and say what is begun."""
+    journal.seek(0)
+    recorded = journal.read().decode(errors="replace")
+    if resume and recorded not in ("", fingerprint):
+        raise RefusedError(
+            f"{partial}: was begun from another source or with other options",
+            hint="Run without --resume to start again.",
+        )
+    _clear(partial, keep_files=resume)
+    (partial / FILES).mkdir(exist_ok=True)
+    journal.seek(0)
+    journal.truncate()
+    journal.write(fingerprint.encode())
+    journal.flush()
 
 
 def _fingerprint(outputs: Sequence[Output], checkpoint: Checkpoint) -> str:
@@ -176,6 +197,8 @@ def _lock(descriptor: int, partial: Path, dst: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
             return  # a file system without locks
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
+            raise WriteError(f"{partial}: {error.strerror}") from error
     raise _busy(dst)
 
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from raw_gguf import layer, write, write_split
 
 import fuseweights
-from fuseweights import RefusedError, SourceChangedError, WriteError, writer
+from fuseweights import RefusedError, SourceChangedError, WriteError, target, writer
 from fuseweights.checkpoint import pieces
 from fuseweights.checkpoint.pieces import Sources, Strand, Weave, Zeros, piece_size, stream
 
@@ -1047,3 +1047,25 @@ def test_stacked_and_section_are_concatenate_and_split(tmp_path_factory, shape, 
                 cut = pieces.section(place, whole.shape, axis, begin, begin + height)
                 assert b"".join(map(bytes, stream([cut], opened))) == array.tobytes()
                 begin += height
+
+
+@pytest.mark.parametrize("call", ["_begin", "flock"])
+def test_a_fault_before_anything_is_written(src: Path, out: Path, monkeypatch, call: str) -> None:
+    """The journal cannot be written, or locked for another reason than another run."""
+    owner = pytest.importorskip("fcntl") if call == "flock" else target
+    fault = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(owner, call, mock.Mock(side_effect=fault))
+    with pytest.raises(WriteError, match=r"fuseweights-partial: Input/output error"):
+        fuseweights.convert(src, out / "o.gguf")
+    assert not list(out.glob("*.gguf"))
+    if call == "_begin":
+        assert not list(out.iterdir())
+
+
+def test_what_cannot_be_removed_is_named(src: Path, out: Path, monkeypatch) -> None:
+    fault = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(target, "_remove", mock.Mock(side_effect=fault))
+    with pytest.raises(WriteError, match=r"fuseweights-partial: cannot be removed") as caught:
+        fuseweights.convert(src, out / "o.gguf")
+    assert "is whole" in caught.value.hint
+    assert fuseweights.verify(src, out / "o.gguf").ok
