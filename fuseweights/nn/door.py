@@ -1,10 +1,10 @@
 """The doors into transformers: `from_pretrained` of a fused directory, and saving back.
 
-A fused directory's config.json says `"fusion_config": {"fuseweights": true}`. transformers (5.6 and
-later) looks that name up in a registry, which is private and said to be experimental: only `_SPEC`
-and `register` know it. Importing fuseweights must not import transformers, so `install` waits for
-the module that holds the registry. This file therefore imports torch and transformers nowhere
-but inside functions.
+A fused directory's config.json says `"fusion_config": {"fuseweights": true}`. transformers (5.23;
+5.17 lacks a part of it) looks that name up in a registry, which is private and said to be
+experimental: only `_SPEC` and `register` know it. Importing fuseweights must not import
+transformers, so `install` waits for the module that holds the registry. This file therefore
+imports torch and transformers nowhere but inside functions.
 """
 
 from __future__ import annotations
