@@ -20,6 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.norm import (
+    add_rms_norm_reference,
+    gated_rms_norm_reference,
+    rms_norm_reference,
+)
+
 Norm = Literal["llama", "gemma", "late"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 Rope = Literal["halves", "compact", "pairs", "glm"]
@@ -160,11 +166,6 @@ def gated_linear(
     return gated(linear(x, tensors, format, bias), act)
 
 
-def _normed(x: Tensor, eps: float) -> Tensor:
-    x = x.to(wide(x.dtype))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
 @op
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: Norm = "llama") -> Tensor:
     """Root mean square norm over the last dimension; what the weight does is the convention:
@@ -172,12 +173,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: Norm = "llama")
     llama: rounded, then · w (Llama, Qwen3, Mistral); gemma: · (1 + w), then rounded (Gemma 2 and 3,
     Qwen3-Next, Qwen3.5); late: · w, then rounded (Gemma 4, OLMo 2).
     """
-    y = _normed(x, eps)
-    if weight is None:
-        return y.to(x.dtype)
-    if norm == "llama":
-        return weight * y.to(x.dtype)
-    return (y * (weight.to(y.dtype) + (norm == "gemma"))).to(x.dtype)
+    return rms_norm_reference(x, weight, eps, norm)
 
 
 @op
@@ -185,15 +181,13 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, norm: Norm = "llama"
 ) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum). The sum is rounded once, and the norm reads what was rounded."""
-    total = x + residual
-    return rms_norm(total, weight, eps, norm), total
+    return add_rms_norm_reference(x, residual, weight, eps, norm)
 
 
 @op
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """norm(x) · w · silu(gate), rounded once to the gate's dtype."""
-    y = _normed(x, eps)
-    return (y * weight.to(y.dtype) * F.silu(gate.to(y.dtype))).to(gate.dtype)
+    return gated_rms_norm_reference(x, gate, weight, eps)
 
 
 # Attention
